@@ -1,0 +1,146 @@
+"""Parameters are declared once, as a table of specs; everything else is derived from it.
+
+A table is a nested dict with a Spec at every leaf; parameters are the same dict with arrays.
+"""
+
+import collections
+import dataclasses
+import math
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+Tree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+  """One array. Not a pytree, so `jax.tree.map(f, specs)` stops at it.
+
+  contract: names of the axes a matmul with this array sums over; the others (without layers and expert) are its
+    outputs. Empty: not a matrix (gains, biases, embedding tables). Fan-in, FLOPs, weight decay and Muon read it.
+  """
+  shape: tuple[int, ...]
+  axes: tuple[str, ...]
+  init: Callable[[jax.Array, tuple[int, ...]], jax.Array]
+  contract: tuple[str, ...] = ()
+  trainable: bool = True
+
+  def __post_init__(self):
+    if len(self.shape) != len(self.axes):
+      raise ValueError(f'shape {self.shape} and axes {self.axes} differ in length')
+    if unknown := set(self.contract) - set(self.axes):
+      raise ValueError(f'contract names {sorted(unknown)}, axes are {self.axes}')
+
+
+def normal(stddev: float) -> Callable:
+  """Initialiser: independent normal values with the given standard deviation."""
+  return lambda key, shape: stddev * jax.random.normal(key, shape, jnp.float32)
+
+
+def ones(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  del key
+  return jnp.ones(shape, jnp.float32)
+
+
+def zeros(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  del key
+  return jnp.zeros(shape, jnp.float32)
+
+
+def matrix(sizes: Mapping[str, int], axes: tuple[str, ...], contract: tuple[str, ...], scale: float = 1.0) -> Spec:
+  """A Spec whose entries have standard deviation scale / sqrt(fan-in). sizes: {axis name: size}."""
+  fan_in = math.prod(sizes[a] for a in contract)
+  return Spec(tuple(sizes[a] for a in axes), axes, normal(scale / math.sqrt(fan_in)), contract)
+
+
+def stack(specs: Tree, n: int) -> Tree:
+  """The table of n equal layers: every array gets a leading "layers" axis of size n."""
+  def one(s: Spec) -> Spec:
+    def init(key, shape):
+      return jnp.stack([s.init(jax.random.fold_in(key, i), shape[1:]) for i in range(shape[0])])
+    return dataclasses.replace(s, shape=(n, *s.shape), axes=('layers', *s.axes), init=init)
+  return jax.tree.map(one, specs)
+
+
+def flat(tree: Tree) -> dict[str, Any]:
+  """{'a/b/c': leaf}, in the order of the tree."""
+  return traverse_util.flatten_dict(tree, sep='/')
+
+
+def unflat(leaves: Mapping[str, Any]) -> Tree:
+  return traverse_util.unflatten_dict(dict(leaves), sep='/')
+
+
+def init(key: jax.Array, specs: Tree) -> Tree:
+  """Float32 parameters. Each array's key is fold_in(key, crc32(name)): adding one leaves the others bit-identical."""
+  return unflat({name: s.init(jax.random.fold_in(key, zlib.crc32(name.encode())), s.shape)
+                 for name, s in flat(specs).items()})
+
+
+def abstract(specs: Tree, shardings: Tree | None = None) -> Tree:
+  """The tree of float32 ShapeDtypeStructs, with shardings if given: what restore and ahead-of-time compilation need."""
+  if shardings is None:
+    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, jnp.float32), specs)
+  return jax.tree.map(lambda s, h: jax.ShapeDtypeStruct(s.shape, jnp.float32, sharding=h), specs, shardings)
+
+
+def partition_spec(spec: Spec, mesh: Mesh, rules: Mapping[str, tuple[str, ...]], name: str = '') -> PartitionSpec:
+  """Where the axes of one array go.
+
+  Args:
+    rules: {logical axis: mesh axes}. Mesh axes of size 1 or absent from the mesh are left out.
+
+  Raises:
+    KeyError: a logical axis without a rule.
+    ValueError: a mesh axis used twice, or a size that its mesh axes do not divide.
+  """
+  used, parts = [], []
+  for axis, size in zip(spec.axes, spec.shape):
+    if axis not in rules:
+      raise KeyError(f'{name}: no sharding rule for axis {axis!r}; rules exist for {sorted(rules)}')
+    names = tuple(m for m in rules[axis] if mesh.shape.get(m, 1) > 1)
+    ways = math.prod(mesh.shape[m] for m in names)
+    if size % ways:
+      raise ValueError(f'{name}: axis {axis!r} of size {size} cannot be split {ways} ways over mesh axes {names}')
+    used += names
+    parts.append(names if len(names) > 1 else names[0] if names else None)
+  if twice := [m for m, n in collections.Counter(used).items() if n > 1]:
+    raise ValueError(f'{name}: mesh axes {twice} used twice for axes {spec.axes}')
+  return PartitionSpec(*parts)
+
+
+def shardings(specs: Tree, mesh: Mesh, rules: Mapping[str, tuple[str, ...]]) -> Tree:
+  """The tree of NamedShardings; strict, see partition_spec."""
+  return unflat({name: NamedSharding(mesh, partition_spec(s, mesh, rules, name)) for name, s in flat(specs).items()})
+
+
+def split(tree: Tree, specs: Tree) -> tuple[Tree, Tree]:
+  """(trainable, frozen) parts of a tree shaped like specs; `merge` puts them together again."""
+  table, leaves = flat(specs), flat(tree)
+  pick = lambda trainable: unflat({k: v for k, v in leaves.items() if table[k].trainable == trainable})
+  return pick(True), pick(False)
+
+
+def merge(trainable: Tree, frozen: Tree) -> Tree:
+  return unflat(flat(trainable) | flat(frozen)) if frozen else trainable
+
+
+def count(specs: Tree) -> int:
+  """Number of scalars."""
+  return sum(math.prod(s.shape) for s in flat(specs).values())
+
+
+def bytes_per_device(specs: Tree, mesh: Mesh, rules: Mapping[str, tuple[str, ...]], itemsize: int = 4) -> int:
+  """Bytes one device holds of the table's arrays."""
+  total = 0
+  for name, s in flat(specs).items():
+    ways = math.prod(mesh.shape[m] for part in partition_spec(s, mesh, rules, name) if part is not None
+                     for m in ((part,) if isinstance(part, str) else part))
+    total += math.prod(s.shape) * itemsize // ways
+  return total

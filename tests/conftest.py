@@ -1,0 +1,10 @@
+"""Every test runs on 8 simulated CPU devices; set before jax is imported."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ['JAX_PLATFORMS'] = 'cpu'
+os.environ['NPROC'] = '16'               # with fewer threads than devices, collectives deadlock on small machines
+os.environ['XLA_FLAGS'] = (os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8').strip()
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
