@@ -120,6 +120,23 @@ def shardings(specs: Tree, mesh: Mesh, rules: Mapping[str, tuple[str, ...]]) -> 
   return unflat({name: NamedSharding(mesh, partition_spec(s, mesh, rules, name)) for name, s in flat(specs).items()})
 
 
+def constrain(x: jax.Array, rules: tuple[tuple[str, tuple[str, ...]], ...], *axes: str | None) -> jax.Array:
+  """Asks for a sharding of an activation under the ambient mesh (jax.set_mesh); nothing happens without one.
+
+  Args:
+    axes: one logical axis per dimension of x; None: not split. A dimension that its mesh axes do not divide (the one
+      row of a prompt) is not split either: unlike a parameter's, its size is not known before the run.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1:
+    return x
+  table, parts = dict(rules), []
+  for axis, size in zip(axes, x.shape, strict=True):
+    names = tuple(m for m in table[axis] if mesh.shape.get(m, 1) > 1) if axis else ()
+    parts.append(names if names and size % math.prod(mesh.shape[m] for m in names) == 0 else None)
+  return jax.lax.with_sharding_constraint(x, PartitionSpec(*parts))
+
+
 def split(tree: Tree, specs: Tree) -> tuple[Tree, Tree]:
   """(trainable, frozen) parts of a tree shaped like specs; `merge` puts them together again."""
   table, leaves = flat(specs), flat(tree)
@@ -144,3 +161,17 @@ def bytes_per_device(specs: Tree, mesh: Mesh, rules: Mapping[str, tuple[str, ...
                      for m in ((part,) if isinstance(part, str) else part))
     total += math.prod(s.shape) * itemsize // ways
   return total
+
+
+def overview(specs: Tree) -> str:
+  """A table for people: groups (the first two parts of the names), arrays, scalars, share of all scalars."""
+  groups = collections.defaultdict(list)
+  for name, s in flat(specs).items():
+    groups['/'.join(name.split('/')[:2])].append(math.prod(s.shape))
+  total = count(specs)
+  rows = [('parameters', 'arrays', 'scalars', 'share')]
+  rows += [(name, f'{len(sizes)}', f'{sum(sizes):,}', f'{sum(sizes) / total:.1%}') for name, sizes in groups.items()]
+  rows += [('total', f'{len(flat(specs))}', f'{total:,}', '100.0%')]
+  widths = [max(len(row[i]) for row in rows) for i in range(4)]
+  return '\n'.join(f'{row[0]:<{widths[0]}}' + ''.join(f'  {cell:>{w}}' for cell, w in zip(row[1:], widths[1:]))
+                   for row in rows)

@@ -1,0 +1,9 @@
+"""Causal self-attention with grouped key/value heads and packed segments, behind one signature.
+
+B rows, T positions, H query heads, G key/value heads, K head size, L cache slots.
+"""
+
+from kernels.attention.dispatch import IMPLEMENTATIONS, attention, choose
+from kernels.attention.decode import decode_attention
+
+__all__ = ['IMPLEMENTATIONS', 'attention', 'choose', 'decode_attention']

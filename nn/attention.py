@@ -1,0 +1,91 @@
+"""The attention mixer: grouped-query heads, rotary positions, optional q/k norm, and a KV cache.
+
+B rows, T positions, L cache slots, D model width, H query heads, G key/value heads, K head size.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from kernels import attention as kernel
+from nn import norm, param, rope
+from nn.config import ModelConfig
+
+State = dict[str, jax.Array]           # k and v, both [B, G, L, K] in the compute dtype
+
+
+def specs(cfg: ModelConfig) -> dict:
+  sizes = {'embed': cfg.embed_dim, 'heads': cfg.num_heads, 'kv_heads': cfg.num_kv_heads, 'head_dim': cfg.head_dim}
+  table = {
+      'q': param.matrix(sizes, ('embed', 'heads', 'head_dim'), contract=('embed',)),
+      'k': param.matrix(sizes, ('embed', 'kv_heads', 'head_dim'), contract=('embed',)),
+      'v': param.matrix(sizes, ('embed', 'kv_heads', 'head_dim'), contract=('embed',)),
+      'o': param.matrix(sizes, ('heads', 'head_dim', 'embed'), contract=('heads', 'head_dim'),
+                        scale=(2 * len(cfg.layers)) ** -0.5),
+  }
+  if cfg.qk_norm:
+    table |= {name: norm.specs(cfg.head_dim, 'head_dim') for name in ('q_norm', 'k_norm')}
+  return table
+
+
+def apply(params: dict, cfg: ModelConfig, x: jax.Array, positions: jax.Array, segments: jax.Array) -> jax.Array:
+  """Attention over a whole row: [B, T, D], [B, T], [B, T] -> [B, T, D]."""
+  q, k, v = project(params, cfg, x, positions)
+  return output(params, kernel.attention(q, k, v, segments=segments, implementation=cfg.attention))
+
+
+def init_cache(cfg: ModelConfig, rows: int, length: int) -> State:
+  shape = (rows, cfg.num_kv_heads, length, cfg.head_dim)
+  return {'k': jnp.zeros(shape, cfg.dtype), 'v': jnp.zeros(shape, cfg.dtype)}
+
+
+def prefill(
+    params: dict, cfg: ModelConfig, x: jax.Array, positions: jax.Array, segments: jax.Array, state: State,
+) -> tuple[jax.Array, State]:
+  """`apply`, and the keys and values of the T positions in the first T slots of the cache."""
+  q, k, v = project(params, cfg, x, positions)
+  y = output(params, kernel.attention(q, k, v, segments=segments, implementation=cfg.attention))
+  write = lambda slots, new: jax.lax.dynamic_update_slice(slots, new.swapaxes(1, 2), (0, 0, 0, 0))
+  return y, {'k': write(state['k'], k), 'v': write(state['v'], v)}
+
+
+def step(
+    params: dict, cfg: ModelConfig, x: jax.Array, position: jax.Array, valid: jax.Array, index: jax.Array,
+    state: State,
+) -> tuple[jax.Array, State]:
+  """One token of every row.
+
+  Args:
+    x: [B, D].
+    position: [B] int32, of the token in its row.
+    valid: [B, L] bool, slots to attend to, the one at index included.
+    index: [] int32, the slot this token goes to.
+  """
+  q, k, v = project(params, cfg, x, position)
+  write = lambda slots, new: jax.lax.dynamic_update_slice(slots, new[:, :, None], (0, 0, index, 0))
+  state = {'k': write(state['k'], k), 'v': write(state['v'], v)}
+  return output(params, kernel.decode_attention(q, state['k'], state['v'], valid)), state
+
+
+def flops(cfg: ModelConfig, length: int) -> int:
+  """Floating point operations of the forward pass, per token of a row of `length`: half of it is ahead, and skipped."""
+  heads, kv_heads = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
+  return 2 * cfg.embed_dim * (2 * heads + 2 * kv_heads) + 2 * 2 * heads * length // 2
+
+
+def project(
+    params: dict, cfg: ModelConfig, x: jax.Array, positions: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """q [..., H, K], k and v [..., G, K] of x [..., D], normalised and turned to their positions [...]."""
+  q, k, v = (jnp.einsum('...d,dhk->...hk', x, params[name].astype(x.dtype)) for name in ('q', 'k', 'v'))
+  if cfg.qk_norm:
+    q = norm.rms_norm(q, params['q_norm']['scale'], cfg.norm_eps)
+    k = norm.rms_norm(k, params['k_norm']['scale'], cfg.norm_eps)
+  lead = (None,) * (x.ndim - 2)
+  q = param.constrain(rope.rotate(q, positions, cfg.rope_theta), cfg.rules, 'batch', *lead, 'heads', None)
+  k = param.constrain(rope.rotate(k, positions, cfg.rope_theta), cfg.rules, 'batch', *lead, 'kv_heads', None)
+  return q, k, param.constrain(v, cfg.rules, 'batch', *lead, 'kv_heads', None)
+
+
+def output(params: dict, heads: jax.Array) -> jax.Array:
+  """[..., H, K] -> [..., D]."""
+  return jnp.einsum('...hk,hkd->...d', heads, params['o'].astype(heads.dtype))

@@ -1,0 +1,73 @@
+"""A layer: x + mixer(norm(x)), then x + ffn(norm(x)). B rows, T positions, D model width.
+
+A mixer is a module with specs, apply, init_cache, prefill, step and flops, see `nn/attention.py`; an FFN is a module with
+specs, apply and flops, see `nn/mlp.py`. A new one is one file and one entry here.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from nn import attention, mlp, norm, param
+from nn.config import ModelConfig
+
+MIXERS = {'attention': attention}
+FFNS = {'mlp': mlp}
+
+Names = tuple[str, str]                # of the mixer and of the FFN
+
+
+def specs(cfg: ModelConfig, names: Names) -> dict:
+  mixer, ffn = names
+  for kind, name, known in (('mixer', mixer, MIXERS), ('FFN', ffn, FFNS)):
+    if name not in known:
+      raise ValueError(f'unknown {kind} {name!r}; known are {sorted(known)}')
+  width = norm.specs(cfg.embed_dim, 'embed')
+  return {'mixer_norm': width, 'mixer': MIXERS[mixer].specs(cfg), 'ffn_norm': width, 'ffn': FFNS[ffn].specs(cfg)}
+
+
+def apply(
+    params: dict, cfg: ModelConfig, names: Names, x: jax.Array, positions: jax.Array, segments: jax.Array,
+) -> tuple[jax.Array, dict]:
+  """[B, T, D] -> [B, T, D], and what the FFN reports."""
+  y = MIXERS[names[0]].apply(params['mixer'], cfg, _norm(params, 'mixer', cfg, x), positions, segments)
+  return _feed_forward(params, cfg, names, x + y, segments)
+
+
+def init_cache(cfg: ModelConfig, names: Names, rows: int, length: int) -> dict:
+  return MIXERS[names[0]].init_cache(cfg, rows, length)
+
+
+def prefill(
+    params: dict, cfg: ModelConfig, names: Names, x: jax.Array, positions: jax.Array, segments: jax.Array, state: dict,
+) -> tuple[jax.Array, dict]:
+  """[B, T, D] -> [B, T, D], and the mixer's state after these positions."""
+  y, state = MIXERS[names[0]].prefill(
+      params['mixer'], cfg, _norm(params, 'mixer', cfg, x), positions, segments, state)
+  return _feed_forward(params, cfg, names, x + y, segments)[0], state
+
+
+def step(
+    params: dict, cfg: ModelConfig, names: Names, x: jax.Array, position: jax.Array, valid: jax.Array,
+    index: jax.Array, state: dict,
+) -> tuple[jax.Array, dict]:
+  """[B, D] -> [B, D], and the mixer's next state."""
+  y, state = MIXERS[names[0]].step(
+      params['mixer'], cfg, _norm(params, 'mixer', cfg, x), position, valid, index, state)
+  x = (x + y)[:, None]
+  return _feed_forward(params, cfg, names, x, jnp.ones(x.shape[:2], jnp.int32))[0][:, 0], state
+
+
+def flops(cfg: ModelConfig, names: Names, length: int) -> int:
+  """Floating point operations of the forward pass, per token."""
+  return MIXERS[names[0]].flops(cfg, length) + FFNS[names[1]].flops(cfg, length)
+
+
+def _norm(params: dict, which: str, cfg: ModelConfig, x: jax.Array) -> jax.Array:
+  return norm.rms_norm(x, params[f'{which}_norm']['scale'], cfg.norm_eps)
+
+
+def _feed_forward(
+    params: dict, cfg: ModelConfig, names: Names, x: jax.Array, segments: jax.Array,
+) -> tuple[jax.Array, dict]:
+  y, extras = FFNS[names[1]].apply(params['ffn'], cfg, _norm(params, 'ffn', cfg, x), segments)
+  return param.constrain(x + y, cfg.rules, 'batch', 'time', None), extras

@@ -1,0 +1,39 @@
+"""The dense feed-forward layer, SwiGLU (arXiv:2002.05202). B rows, T positions, D model width, F inner width."""
+
+import jax
+import jax.numpy as jnp
+
+from nn import param
+from nn.config import ModelConfig
+from nn.param import Spec
+
+
+def specs(cfg: ModelConfig) -> dict[str, Spec]:
+  sizes = {'embed': cfg.embed_dim, 'ffw': cfg.ffw_dim}
+  return {
+      'gate': param.matrix(sizes, ('embed', 'ffw'), contract=('embed',)),
+      'up': param.matrix(sizes, ('embed', 'ffw'), contract=('embed',)),
+      'down': param.matrix(sizes, ('ffw', 'embed'), contract=('ffw',), scale=(2 * len(cfg.layers)) ** -0.5),
+  }
+
+
+def apply(params: dict, cfg: ModelConfig, x: jax.Array, segments: jax.Array) -> tuple[jax.Array, dict]:
+  """down(silu(gate(x)) * up(x)).
+
+  Args:
+    x: [B, T, D] in the compute dtype.
+
+  Returns:
+    [B, T, D], and {}: nothing else to report.
+  """
+  del segments
+  gate, up, down = (params[name].astype(x.dtype) for name in ('gate', 'up', 'down'))
+  inner = jax.nn.silu(x @ gate) * (x @ up)
+  inner = param.constrain(inner, cfg.rules, 'batch', 'time', 'ffw')
+  return inner @ down, {}
+
+
+def flops(cfg: ModelConfig, length: int) -> int:
+  """Floating point operations of the forward pass, per token."""
+  del length
+  return 2 * 3 * cfg.embed_dim * cfg.ffw_dim
