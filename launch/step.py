@@ -1,0 +1,152 @@
+"""The loss and the train step: one pair for pretraining, SFT, preference learning and RL.
+
+n rows of one optimiser step, T positions, M microbatches. A term is known here only as a function of a View.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from nn import param
+from nn.types import LOGP, Batch, Want
+from rl import compose, losses
+from rl.types import OLD, Term, View, label
+
+
+@flax.struct.dataclass
+class TrainState:
+  """Everything on the devices that a run must keep. What stages and readers remember lives beside it, on the host."""
+  updates: jax.Array                   # [] int32, accepted optimiser steps
+  params: Any
+  opt_state: Any
+
+
+def make_loss(forward: Callable, terms: tuple[Term, ...]) -> tuple[Callable, Callable | None]:
+  """The loss of a list of terms, sum over terms of coef * sum(weight * value).
+
+  Args:
+    forward: (params, batch, wants) -> ({Want: [n, T, ...] float32}, nn.types.Output).
+    terms: evaluated in order, on one forward pass.
+
+  Returns:
+    loss: (params, batch, sums) -> (scalar, {metric: scalar}); additive over rows, so microbatches and devices add up.
+    sums: (params, batch) -> {term: {name: []}}, detached, also additive; None if no term asks for it. `loss` takes the
+      totals over the optimiser step, or {} when its batch is all of it.
+  """
+  wants = compose.wants(terms)
+  summed = {t.name for t in terms if t.sums}
+  for term in terms:
+    if term.sums and summed & set(term.after):
+      raise ValueError(f'term {term.name!r} forms sums over values of {sorted(summed & set(term.after))}, which need '
+                       'sums themselves; one pass over the microbatches cannot give both')
+
+  def view_of(term, scores, batch, done, sums):
+    given = {n: read(n, scores, batch) for n in term.needs}
+    return View(given, batch, batch.masks[term.mask], {name: done[name] for name in term.after}, sums.get(term.name))
+
+  def read(need, scores, batch):
+    if isinstance(need, Want):
+      return scores[need]
+    if need == OLD and label(OLD) not in batch.data:       # the one step that is taken with the weights of collect
+      return jax.lax.stop_gradient(scores[LOGP])
+    return batch.data[label(need)]
+
+  def loss(params, batch: Batch, sums):
+    scores, output = forward(params, batch, wants)
+    total, done, metrics = jnp.float32(0), {}, dict(output.metrics)
+    for term in terms:
+      view = view_of(term, scores, batch, done, sums)
+      if term.sums and view.sums is None:
+        view = view_of(term, scores, batch, done, {term.name: jax.lax.stop_gradient(term.sums(view))})
+      value, extra = term.value(view)
+      done[term.name] = jax.lax.stop_gradient(value)
+      weight = batch.weights[term.name]
+      metrics[term.name] = losses.weighted_sum(value, weight)
+      metrics |= {f'{term.name}/{k}': losses.weighted_sum(x, weight) for k, x in extra.items()}
+      total += batch.coef[term.name] * metrics[term.name]
+    return total, metrics | {'loss': total}
+
+  def sums(params, batch: Batch):
+    scores, _ = forward(params, batch, wants)
+    read = {name for t in terms if t.sums for name in t.after}
+    out, done = {}, {}
+    for term in terms:
+      view = view_of(term, scores, batch, done, {})
+      if term.sums:
+        out[term.name] = jax.lax.stop_gradient(term.sums(view))
+      elif term.name in read:
+        done[term.name] = jax.lax.stop_gradient(term.value(view)[0])
+    return out
+
+  return loss, (sums if summed else None)
+
+
+def split(batch: Batch, microbatches: int) -> Batch:
+  """Row i goes to microbatch i % M, on the device where it is; scalars go to all: leaves [n, ...] -> [M, n / M, ...]."""
+  def one(x):
+    if x.ndim == 0:
+      return jnp.broadcast_to(x, (microbatches,))
+    return x.reshape(x.shape[0] // microbatches, microbatches, *x.shape[1:]).swapaxes(0, 1)
+  return jax.tree.map(one, batch)
+
+
+def total(f: Callable, batch: Batch, microbatches: int) -> Any:
+  """Sum of f over microbatches, one at a time."""
+  if microbatches == 1:
+    return f(batch)
+  parts = split(batch, microbatches)
+  shapes = jax.eval_shape(f, jax.tree.map(lambda x: x[0], parts))
+  zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+  return jax.lax.scan(lambda acc, part: (jax.tree.map(jnp.add, acc, f(part)), None), zero, parts)[0]
+
+
+def make_gradient(loss: tuple[Callable, Callable | None], specs: Any, microbatches: int = 1) -> Callable:
+  """(params, batch) -> (gradient of the trainable parameters, {metric: scalar}) of one optimiser step."""
+  value, sums = loss
+
+  def gradient(params, batch: Batch):
+    trainable, frozen = param.split(params, specs)
+    totals = {}
+    if sums and microbatches > 1:
+      totals = total(lambda part: sums(params, part), batch, microbatches)
+
+    def one(part):
+      return jax.grad(lambda t: value(param.merge(t, frozen), part, totals), has_aux=True)(trainable)
+
+    return total(one, batch, microbatches)
+
+  return gradient
+
+
+def make_train_step(loss, tx: optax.GradientTransformationExtraArgs, specs: Any, microbatches: int = 1) -> Callable:
+  """One optimiser step, to be jitted with the state donated.
+
+  Args:
+    loss: what `make_loss` returns.
+    tx: over the trainable parameters; its update takes learning_rate and use (which use of these rows) by name.
+    specs: the model's table, nested dict of nn.param.Spec.
+    microbatches: M; must divide the rows of a batch.
+
+  Returns:
+    train_step(state, batch, learning_rate []) -> (state, metrics). A step whose loss or gradient is not finite changes
+    nothing and says so in metrics['nonfinite'].
+  """
+  gradient = make_gradient(loss, specs, microbatches)
+
+  def train_step(state: TrainState, batch: Batch, learning_rate: jax.Array):
+    grads, metrics = gradient(state.params, batch)
+    norm = optax.tree.norm(grads)
+    finite = jnp.isfinite(norm) & jnp.isfinite(metrics['loss'])
+    trainable, frozen = param.split(state.params, specs)
+    updates, opt_state = tx.update(grads, state.opt_state, trainable, learning_rate=learning_rate, use=batch.use)
+    new = TrainState(state.updates + 1, optax.apply_updates(trainable, updates), opt_state)
+    old = state.replace(params=trainable)
+    kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+    metrics |= {'grad_norm': norm, 'nonfinite': (~finite).astype(jnp.float32)}
+    return kept.replace(params=param.merge(kept.params, frozen)), metrics
+
+  return train_step
