@@ -1,0 +1,55 @@
+"""Parts of a mixture: shuffled, sharded, repeated, tokenised and interleaved by weight, still at random access."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import grain
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+  """Examples (see data/sft.py) and how often they come up."""
+  name: str
+  examples: Any
+  weight: float = 1.0
+
+
+def elements(parts: tuple[Part, ...], *, seed: int, stream: int, streams: int) -> grain.MapDataset:
+  """The endless sequence of elements of one of the sub-streams of a run.
+
+  In every epoch of a part each of its examples is in exactly one sub-stream, and in another order than before.
+  Parts are interleaved exactly: with weights 3 and 1, three of every four elements are of the first.
+
+  Raises:
+    ValueError: no parts, two of one name, a weight that is not positive, or a part with fewer rows than streams.
+  """
+  if len({p.name for p in parts}) < len(parts) or not parts:
+    raise ValueError(f'wanted parts of different names, got {[p.name for p in parts]}')
+  for p in parts:
+    if p.weight <= 0:
+      raise ValueError(f'{p.name}: weight {p.weight}, wanted a positive one')
+    if len(p.examples) < streams:
+      raise ValueError(f'{p.name}: {len(p.examples)} rows cannot feed {streams} streams')
+  shuffled = [_part(p, seed + 1000 * i, stream, streams) for i, p in enumerate(parts)]
+  if len(parts) == 1:
+    return shuffled[0]
+  return grain.MapDataset.mix(shuffled, [p.weight for p in parts])
+
+
+def _part(part: Part, seed: int, stream: int, streams: int) -> grain.MapDataset:
+  size = len(part.examples)
+  return (grain.MapDataset.range(size)
+          .map_with_index(functools.partial(_with_epoch, size))   # the shuffle hands on indices beyond the first epoch
+          .shuffle(seed=seed % 2**32)
+          [stream::streams]
+          .repeat()
+          .map(functools.partial(_example, part.examples)))
+
+
+def _with_epoch(size: int, index: int, row: int) -> tuple[int, int]:
+  return row, index // size
+
+
+def _example(examples, where: tuple[int, int]) -> dict:
+  return examples.example(*where)
