@@ -1,0 +1,174 @@
+"""Every default of a run, once. A run's config starts here, sets what it wants, and returns it:
+
+    from configs.base import get_config as base
+
+    def get_config():
+      c = base()
+      c.rl.steps = 200
+      return c
+
+A key that is not here is an error, and so is a value of another type. None is not used: it has no
+type to check overrides by, so 0, '' and () stand for "none" or "choose".
+"""
+
+import dataclasses
+
+from ml_collections import ConfigDict
+
+from nn.config import RULES, ModelConfig
+from rl.methods import METHODS
+
+# Blocks whose keys a config invents; the value's type is given here.
+OPEN = {'rl.rewards': str, 'rl.reward_weights': float}
+
+# What tuples hold if not strings, by the last part of their key; tuple: names or tuples of names.
+ELEMENTS = {'weights': float, 'head': tuple, 'pattern': tuple, 'tail': tuple}
+
+
+def get_config() -> ConfigDict:
+  c = ConfigDict()
+  c.seed = 0                           # of everything random: parameters, data order, sampling
+  c.tokenizer = 'bytes'                # or a tokenizer.json, its folder, a SentencePiece *.model
+  c.phases = ('pretrain',)             # in this order: pretrain, sft, rl
+  c.init = ''                          # checkpoint whose parameters the first phase starts from
+  c.streams = 1                        # sub-streams of the data; a multiple of the processes
+  c.report = True                      # write report.html at the end
+
+  defaults = {f.name: f.default for f in dataclasses.fields(ModelConfig)}    # explained there
+  c.model = ConfigDict({name: x for name, x in defaults.items()
+                        if name != 'rules' and x is not dataclasses.MISSING})
+  c.model.vocab_size = 0               # ids; 0: as many as the tokenizer has
+  c.model.embed_dim = 128              # width D
+  c.model.num_heads = 4                # query heads
+  c.model.num_kv_heads = 4             # key and value heads; a divisor of num_heads
+  c.model.head_dim = 32                # width of a head, even
+  c.model.ffw_dim = 384                # hidden width of an FFN
+  c.model.rules = ConfigDict(dict(RULES))     # logical axis -> mesh axes it is split over
+
+  c.mesh = ConfigDict()                # devices along each mesh axis; -1: the rest
+  c.mesh.data = -1                     # copies of the parameters, rows split
+  c.mesh.fsdp = 1                      # rows and parameters split
+  c.mesh.expert = 1                    # rows and experts split
+  c.mesh.model = 1                     # heads, FFN and vocabulary split
+
+  c.pretrain = text_phase()
+  c.pretrain.data = data('text')
+  c.sft = text_phase()
+  c.sft.data = data('problem')
+
+  c.rl = ConfigDict()
+  c.rl.steps = 100                     # rollout batches
+  c.rl.prompts = 32                    # prompts of a rollout batch
+  c.rl.group = 8                       # samples per prompt
+  c.rl.max_prompt = 64                 # tokens; prompts are padded to it
+  c.rl.max_tokens = 64                 # of a response, with the token that ends it
+  c.rl.parts = 1                       # optimiser steps a rollout batch is divided into
+  c.rl.uses = 1                        # times a rollout batch is gone through
+  c.rl.microbatches = 1                # passes an optimiser step is divided into, to save memory
+  c.rl.temperature = 1.0               # divides the logits, in sampling and training
+  c.rl.top_k = 0                       # sample among the k likeliest ids; 0: all
+  c.rl.top_p = 1.0                     # sample among the likeliest ids that hold this probability
+  c.rl.min_p = 0.0                     # drop ids below this share of the likeliest one's chance
+  c.rl.support = 64                    # ids recorded per token when these three cut some off
+  c.rl.stop = ()                       # strings that end a response, beside the end token
+  c.rl.methods = ('grpo',)             # names in rl/methods, composed in this order
+  for name in METHODS:
+    c.rl[name] = ConfigDict()          # options of a listed method; its signature has the defaults
+  c.rl.rewards = ConfigDict()          # name -> exact, math, number, digits, or file.py:function
+  c.rl.reward_weights = ConfigDict()   # name -> its weight in the sum; 1 where not given
+  c.rl.deadline = 5.0                  # seconds a verifier may take for a response; then it is 0
+  c.rl.graders = 1                     # worker processes that run verifiers
+  c.rl.refills = 4                     # draws after the first when filters leave too few rows
+  c.rl.max_empty = 10                  # steps running without a row left; then the run stops
+  c.rl.reference = ''                  # checkpoint of the reference policy; '': as the phase began
+  c.rl.reset_optimizer = True          # begin with fresh moments; they are carried on otherwise
+  c.rl.optimizer = optimizer(1e-4)
+  c.rl.data = data('problem')
+
+  c.arithmetic = ConfigDict()          # the generated task, for data of format 'arithmetic'
+  c.arithmetic.digits = 2              # of an operand, at most
+  c.arithmetic.operands = 2            # numbers in a problem
+  c.arithmetic.ops = ('+',)            # operators to draw from: +, -, *
+  c.arithmetic.worked = False          # answers show their intermediate digits
+  c.arithmetic.train = 4096            # problems for RL
+  c.arithmetic.demos = 1024            # problems with a demonstration, for SFT
+  c.arithmetic.heldout = 512           # problems for evaluation; none of them is in the other two
+
+  c.eval = ConfigDict()                # on held-out rows; at both ends of a phase, and
+  c.eval.every = 100                   # steps apart
+  c.eval.rows = 512                    # at most this many
+  c.eval.pass_k = 0                    # samples per problem for pass@k; 0: greedy accuracy only
+  c.eval.temperature = 1.0             # of these samples
+
+  c.checkpoint = ConfigDict()          # at the end of a phase, and
+  c.checkpoint.every = 100             # steps apart
+  c.checkpoint.keep = 2                # latest ones that are kept
+  c.checkpoint.best_metric = ''        # evaluation metric whose best checkpoint is kept too
+  c.checkpoint.best_mode = 'max'       # max or min: which value of it is best
+
+  c.log = ConfigDict()
+  c.log.every = 1                      # steps between lines of metrics
+  c.log.samples = 4                    # rollouts shown per logged step
+  c.log.tensorboard = True             # write TensorBoard files too
+  c.log.wandb = ''                     # Weights & Biases project; '': not used
+
+  c.lock()
+  for path in OPEN:
+    c[path].unlock()
+  for name in METHODS:
+    c.rl[name].unlock()                # checked against the signature when the config is loaded
+  return c
+
+
+def text_phase() -> ConfigDict:
+  """What pretraining and SFT have in common."""
+  c = ConfigDict()
+  c.steps = 1000                       # optimiser steps
+  c.rows = 32                          # of a step, on all devices
+  c.length = 128                       # tokens of a row
+  c.microbatches = 1                   # passes an optimiser step is divided into, to save memory
+  c.reset_optimizer = True             # begin with fresh moments; they are carried on otherwise
+  c.optimizer = optimizer(1e-3)
+  return c
+
+
+def optimizer(learning_rate: float) -> ConfigDict:
+  c = ConfigDict()
+  c.name = 'adamw'                     # adamw or muon (matrices by Muon, the rest by Adam)
+  c.learning_rate = learning_rate      # the highest of the schedule
+  c.schedule = 'constant'              # constant, wsd (falls in the last `decay` steps), cosine
+  c.warmup = 0                         # steps below the highest rate at the start, always
+  c.decay = 0                          # steps below the highest rate at the end, wsd only
+  c.floor = 0.0                        # where wsd and cosine end, as a share of the highest rate
+  c.weight_decay = 0.0                 # of matrices, per step and unit of learning rate
+  c.clip = 1.0                         # largest global norm of a gradient; 0: any
+  c.b1 = 0.9                           # Adam: memory of the mean
+  c.b2 = 0.95                          # Adam: memory of the mean square
+  c.eps = 1e-8                         # Adam and Muon: added to denominators
+  c.muon_beta = 0.95                   # Muon: memory of the mean
+  c.muon_steps = 5                     # Muon: Newton-Schulz iterations
+  c.muon_rms = 0.2                     # Muon: RMS of an update per unit of rate; 0.2 is Adam's
+  c.adam_rate = 1.0                    # Muon: rate of what Adam does, as a share of learning_rate
+  return c
+
+
+def data(kind: str) -> ConfigDict:
+  c = ConfigDict()
+  c.format = kind                      # text, tokens, chat, problem, arithmetic (generated)
+  c.files = ()                         # paths or globs of .txt, .jsonl (.gz, .zst), .npy, .bin, ...
+  c.weights = ()                       # of the entries of files in what is drawn; (): by size
+  c.heldout = 0.0                      # share of the rows, from the end, kept for evaluation
+  c.heldout_files = ()                 # for evaluation, in place of a share
+  c.text = 'text'                      # field of a JSON row: plain text
+  c.messages = 'messages'              # field of a JSON row: list of {role, content}
+  c.prompt = 'prompt'                  # field of a JSON row: problem
+  c.response = 'response'              # field of a JSON row: demonstration, for SFT
+  c.answer = 'answer'                  # field of a JSON row: what rewards compare with
+  c.prompt_template = '{prompt}'       # what the model is shown
+  c.skip_bad_rows = False              # count and report malformed rows; an error otherwise
+  c.skip_long_rows = False             # count and report rows that are too long; an error otherwise
+  c.pack = True                        # several short rows side by side in one; SFT only
+  c.shuffle = True                     # anew in every epoch
+  c.workers = 0                        # processes that read ahead; 0: threads of this one
+  c.cache = ''                         # folder of file indexes; '': in the workdir
+  return c
