@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from kernels import attention as kernel
 from nn import norm, param, rope
 from nn.config import ModelConfig
+from nn.linear import linear
 
 State = dict[str, jax.Array]           # k and v, both [B, G, L, K] in the compute dtype
 
@@ -76,7 +77,7 @@ def project(
     params: dict, cfg: ModelConfig, x: jax.Array, positions: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """q [..., H, K], k and v [..., G, K] of x [..., D], normalised and turned to their positions [...]."""
-  q, k, v = (jnp.einsum('...d,dhk->...hk', x, params[name].astype(x.dtype)) for name in ('q', 'k', 'v'))
+  q, k, v = (linear(x, params[name]) for name in ('q', 'k', 'v'))
   if cfg.qk_norm:
     q = norm.rms_norm(q, params['q_norm']['scale'], cfg.norm_eps)
     k = norm.rms_norm(k, params['k_norm']['scale'], cfg.norm_eps)
@@ -88,4 +89,4 @@ def project(
 
 def output(params: dict, heads: jax.Array) -> jax.Array:
   """[..., H, K] -> [..., D]."""
-  return jnp.einsum('...hk,hkd->...d', heads, params['o'].astype(heads.dtype))
+  return linear(heads, params['o'], 2)

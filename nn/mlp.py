@@ -1,10 +1,10 @@
 """The dense feed-forward layer, SwiGLU (arXiv:2002.05202). B rows, T positions, D model width, F inner width."""
 
 import jax
-import jax.numpy as jnp
 
 from nn import param
 from nn.config import ModelConfig
+from nn.linear import linear
 from nn.param import Spec
 
 
@@ -27,10 +27,9 @@ def apply(params: dict, cfg: ModelConfig, x: jax.Array, segments: jax.Array) -> 
     [B, T, D], and {}: nothing else to report.
   """
   del segments
-  gate, up, down = (params[name].astype(x.dtype) for name in ('gate', 'up', 'down'))
-  inner = jax.nn.silu(x @ gate) * (x @ up)
+  inner = jax.nn.silu(linear(x, params['gate'])) * linear(x, params['up'])
   inner = param.constrain(inner, cfg.rules, 'batch', 'time', 'ffw')
-  return inner @ down, {}
+  return linear(inner, params['down']), {}
 
 
 def flops(cfg: ModelConfig, length: int) -> int:
