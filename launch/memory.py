@@ -1,8 +1,9 @@
-"""What a run remembers beside device arrays (state of methods and readers) <-> one JSON document plus named byte arrays.
+"""Memory of methods and readers <-> one JSON document plus named arrays of bytes.
 
-Saving, loading and saving again gives the same bytes. Trees are nested dicts, lists and tuples of numpy arrays and
-scalars, Python numbers, strings, bools and None. In the document an array is a reference,
-{'$array': {'name': .., 'dtype': .., 'shape': ..}}; other objects with a '$' key are what JSON has no word for.
+Saving, loading and saving again gives the same bytes. Trees are nested dicts, lists and tuples of
+numpy arrays and scalars, Python numbers, strings, bools and None. In the document an array is a
+reference, {'$array': {'name': .., 'dtype': .., 'shape': ..}}; other objects with a '$' key are what
+JSON has no word for.
 """
 
 import itertools
@@ -19,7 +20,7 @@ Tree = Any
 
 
 def encode(tree: Tree) -> tuple[Any, dict[str, np.ndarray]]:
-  """The document (values that JSON can hold, finite numbers only) and {name: [bytes] uint8}. Nothing is shared with tree.
+  """The document, of what JSON can hold, and {name: [bytes] uint8}; both share nothing with tree.
 
   Arrays without elements have no bytes and no entry.
 
@@ -46,13 +47,14 @@ def encode(tree: Tree) -> tuple[Any, dict[str, np.ndarray]]:
     if isinstance(x, Mapping):
       if all(isinstance(k, str) and not k.startswith('$') for k in x):
         return {k: visit(v, f'{path}/{k}') for k, v in x.items()}
-      return {'$items': [[visit(k, f'{path}, key'), visit(v, f'{path}/{k}')] for k, v in x.items()]}
+      items = [[visit(k, f'{path}, a key'), visit(v, f'{path}/{k}')] for k, v in x.items()]
+      return {'$items': items}
     if isinstance(x, tuple):
       return {'$tuple': [visit(v, f'{path}/{i}') for i, v in enumerate(x)]}
     if isinstance(x, list):
       return [visit(v, f'{path}/{i}') for i, v in enumerate(x)]
-    raise ValueError(f'memory{path} is a {type(x).__name__}; memory holds numpy arrays, numbers, strings, bools and '
-                     'None in dicts, lists and tuples')
+    raise ValueError(f'memory{path} is a {type(x).__name__}; memory holds numpy arrays, numbers, '
+                     'strings, bools and None in dicts, lists and tuples')
 
   return visit(tree, ''), arrays
 
@@ -100,7 +102,7 @@ def sizes(document: Any) -> dict[str, int]:
 
 
 def merge(parts: Sequence[Tree], path: str = '') -> Tree:
-  """One tree of the parts that several processes hold: dicts are united, everything else must be the same in all.
+  """One tree of what several processes hold: dicts are united, all else must be the same in all.
 
   Raises:
     ValueError: names a place where two parts differ.
@@ -117,7 +119,7 @@ def merge(parts: Sequence[Tree], path: str = '') -> Tree:
 
 
 def gather(tree: Tree) -> Tree:
-  """`merge` of what all processes hold, on all of them; called by all together. One process: the tree."""
+  """`merge` of what all processes hold, on all of them; they call it together."""
   if jax.process_count() == 1:
     return tree
   document, arrays = encode(tree)
@@ -129,7 +131,8 @@ def gather(tree: Tree) -> Tree:
   parts = []
   for row, length in zip(multihost_utils.process_allgather(padded), lengths):
     document, arrays = json.loads(row[:length].tobytes())
-    parts.append(decode(document, {name: np.frombuffer(bytes.fromhex(x), np.uint8) for name, x in arrays.items()}))
+    raw = {name: np.frombuffer(bytes.fromhex(x), np.uint8) for name, x in arrays.items()}
+    parts.append(decode(document, raw))
   return merge(parts)
 
 
@@ -139,11 +142,11 @@ def _num_bytes(ref: Mapping) -> int:
 
 def _same(a: Tree, b: Tree) -> bool:
   (document, arrays), (other, others) = encode(a), encode(b)
-  return document == other and all(np.array_equal(x, others[name]) for name, x in arrays.items())
+  return document == other and all(np.array_equal(x, others[k]) for k, x in arrays.items())
 
 
 def _dtype_name(dtype: np.dtype, path: str) -> str:
-  """A text that np.dtype turns into the same dtype: '<f4', or 'bfloat16', whose code would be that of raw bytes."""
+  """A text for np.dtype: '<f4', or 'bfloat16', whose short form would be that of raw bytes."""
   if dtype.hasobject or dtype.names:
-    raise ValueError(f'memory{path} is an array of {dtype}; objects and structured dtypes cannot be saved')
+    raise ValueError(f'memory{path} is an array of {dtype}, which cannot be saved')
   return dtype.str if np.dtype(dtype.str) == dtype else dtype.name
