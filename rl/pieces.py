@@ -131,8 +131,7 @@ def mixed_groups(ignore: tuple[str, ...] = ('overlong',)) -> Method:
   """
   def run(record):
     mixed = differs(total(record, ignore), record.rows.group)
-    return replace(record, keep=mixed if record.keep is None else record.keep & mixed,
-                   notes=record.notes | {'mixed_groups': float(mixed.mean())})
+    return replace(record, keep=mixed if record.keep is None else record.keep & mixed)
   return Method(stages=(Stage('mixed_groups', 'filter', run),))
 
 
@@ -230,7 +229,7 @@ def weigh(record: Record, on: tuple[str, ...], factor: np.ndarray) -> Record:
 
 
 def mismatch(name: str, level: str, on: tuple[str, ...], coefficient: Callable) -> Method:
-  """Weights old / sampler as `coefficient` ([N, T] -> [N, T]) limits them; notes how many it does."""
+  """Weights old / sampler, as `coefficient` limits them; notes the share of tokens it limits."""
   log_ratio = choose(LEVELS, level, 'level')
 
   def run(record):

@@ -10,22 +10,22 @@ COMMUTATIVE = '+*'
 @dataclasses.dataclass(frozen=True)
 class Arithmetic:
   """What the problems look like: '37+48=', answered '85', or '7+8+0=15,3+4+1=8#85' if worked."""
-  digits: int = 2            # of an operand at most; operands are uniform over 0 .. 10**digits - 1
+  digits: int = 2                     # of an operand; operands are uniform over 0 .. 10**digits - 1
   operands: int = 2
-  ops: str = '+'             # which of + - * may stand between operands, each as likely
-  worked: bool = False       # answers show the sum of every column, from the units, carry last
-  pad: bool = False          # numbers have leading zeros, so that all problems are equally long
-  backwards: bool = False    # results are written from the units, the order they are computed in
+  ops: tuple[str, ...] = ('+',)       # which of + - * may stand between operands, each as likely
+  worked: bool = False                # answers show every column added up, from the units
+  pad: bool = False                   # leading zeros make all problems equally long
+  backwards: bool = False             # results are written from the units, as computed
 
   def __post_init__(self):
     if self.digits < 1 or self.operands < 2:
       raise ValueError(f'arithmetic.digits is {self.digits}, wanted at least 1; '
                        f'arithmetic.operands is {self.operands}, wanted at least 2')
     if not self.ops or set(self.ops) - set('+-*') or len(set(self.ops)) < len(self.ops):
-      raise ValueError(f"arithmetic.ops is {self.ops!r}, wanted some of '+-*', each once")
-    if self.worked and (self.ops != '+' or self.digits < 2):
-      raise ValueError(f"arithmetic.worked adds columns: it needs ops '+' and at least 2 digits, "
-                       f'got {self.ops!r} and {self.digits}')
+      raise ValueError(f'arithmetic.ops is {self.ops}, wanted some of +, -, *, each once')
+    if self.worked and (self.ops != ('+',) or self.digits < 2):
+      raise ValueError(f'arithmetic.worked adds up columns: wanted ops + and at least 2 digits, '
+                       f'got {self.ops} and {self.digits}')
 
 
 def split(task: Arithmetic, seed: int, train: int, demos: int,

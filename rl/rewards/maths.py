@@ -30,7 +30,7 @@ def candidate(text: str) -> str:
 
 def parse(text: str) -> list:
   """The answer in the text as math-verify's expressions, best first; [] if there is none."""
-  import math_verify       # 60 MB and a second: only workers need it
+  import math_verify  # 60 MB and a second: only workers need it
 
   # The package's own timers are signals, which refuse threads; the worker's deadline covers this.
   read = lambda text: math_verify.parse(text, parsing_timeout=None)
