@@ -61,9 +61,9 @@ def processes_parser() -> argparse.ArgumentParser:
   return p
 
 
-def parser(description: str) -> argparse.ArgumentParser:
+def parser(description: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
   """A parser with --debug, to which a command adds its own options. Abbreviations are errors."""
-  p = argparse.ArgumentParser(description=description, allow_abbrev=False,
+  p = argparse.ArgumentParser(description=description, parents=parents, allow_abbrev=False,
                               formatter_class=argparse.RawDescriptionHelpFormatter)
   p.add_argument('--debug', action='store_true',
                  help='show where an error came from (also: NACRE_DEBUG=1)')

@@ -80,13 +80,11 @@ class Pending(NamedTuple):
   metrics: list
   notes: dict
   tokens: int
+  began: float         # of the step, on time.perf_counter's clock
 
 
-def settle(pending: Pending | None, phase: Phase, hooks: Hooks, seconds: float) -> None:
-  """Fetches the metrics of a step, logs them, and refuses to go on if they are not finite."""
-  if pending is None:
-    return
-  fetched = jax.device_get(pending.metrics)
+def settle(pending: Pending, fetched: list[dict], phase: Phase, hooks: Hooks, seconds: float) -> None:
+  """Logs the metrics of a step, and refuses to go on if they are not finite."""
   values = dict(pending.notes)
   for name in fetched[0] if fetched else ():
     series = [float(m[name]) for m in fetched]
@@ -114,13 +112,14 @@ def train(phase: Phase, state: Any, memory: Any, start: int, hooks: Hooks, fresh
   Raises:
     NonFinite, Stopped: see there.
   """
-  pending, clock = None, time.perf_counter()
+  pending = None
 
-  def settled():
-    nonlocal pending, clock
-    now = time.perf_counter()
-    settle(pending, phase, hooks, now - clock)
-    pending, clock = None, now
+  def settled(until=None):
+    nonlocal pending
+    if pending is not None:
+      ready = jax.device_get(pending.metrics)
+      settle(pending, ready, phase, hooks, (until or time.perf_counter()) - pending.began)
+    pending = None
 
   for step in range(start, phase.last + 1):
     metrics = {}
@@ -129,16 +128,15 @@ def train(phase: Phase, state: Any, memory: Any, start: int, hooks: Hooks, fresh
         settled()
         metrics = phase.evaluate(state.params, step)
         hooks.log(step, phase, metrics, 0, 0.0)
-        clock = time.perf_counter()
       stopping = hooks.agree(bool(hooks.stop.name))
       if step > start and (stopping or hooks.due(step) or step == phase.last):
         settled()
         hooks.save(step, phase, state, memory, metrics, stopping)
-        clock = time.perf_counter()
       if stopping:
         raise Stopped(hooks.stop.name)
     if step == phase.last:
       break
+    began = time.perf_counter()
     work = phase.feed.collect(state.params, memory, step)
     used, results = [], []
     for batch in phase.feed.batches(work):
@@ -148,9 +146,10 @@ def train(phase: Phase, state: Any, memory: Any, start: int, hooks: Hooks, fresh
       if phase.refused(state.opt_state):
         break
     memory = phase.feed.finish(work)
-    settled()
+    settled(began)
     notes, tokens, shown = phase.feed.describe(work)
-    pending = Pending(step + 1, used, results, notes | {'learning_rate': phase.rate(step - phase.first)}, tokens)
+    notes = notes | {'learning_rate': phase.rate(step - phase.first)}
+    pending = Pending(step + 1, used, results, notes, tokens, began)
     if shown:
       hooks.show(step + 1, shown)
   settled()

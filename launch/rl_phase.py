@@ -17,6 +17,7 @@ from launch import rollout
 from launch.loop import Feed
 from nn.types import LOGP
 from rl import sample
+from rl.rewards import pool
 from rl.types import POLICY, SAMPLER, Method, Record, Rows, Term, View
 
 
@@ -30,6 +31,7 @@ class Settings:
   refills: int             # further draws when filters leave too few rows
   max_empty: int           # steps in a row without a single kept row before the run stops
   sampling: sample.Sampling
+  weights: dict            # {reward component: its weight in the sum}; 1 where not given
   seed: int
 
 
@@ -68,6 +70,7 @@ def make_task(take: Callable, tokenizer: Any, grader: Any, settings: Settings) -
     first = record.state['prompts']['cursor'] - settings.prompts
     rows = dataclasses.replace(rows, group=first + rows.group, info=rows.info | {'prompt': rows.group})
     reward, report = grade(grader, tokenizer, record.prompts, rows)
+    reward = pool.weigh(reward, settings.weights)
     time_axis = np.arange(rows.tokens.shape[1])
     train = (time_axis >= rows.start[:, None]) & (time_axis < rows.end[:, None])
     notes = record.notes | report | {
