@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 
 from kernels import attention as kernel
-from nn import norm, param, rope
+from nn import cache, norm, param, rope
 from nn.config import ModelConfig
 from nn.linear import linear
 
-State = dict[str, jax.Array]           # k and v, both [B, G, L, K] in the compute dtype
+# k [B, G, K, L] and v [B, G, L, K] in the compute dtype: as the two products of a step read them.
+State = dict[str, jax.Array]
 
 
 def specs(cfg: ModelConfig) -> dict:
@@ -34,24 +35,24 @@ def apply(params: dict, cfg: ModelConfig, x: jax.Array, positions: jax.Array, se
   return output(params, kernel.attention(q, k, v, segments=segments, implementation=cfg.attention))
 
 
-def init_cache(cfg: ModelConfig, rows: int, length: int) -> State:
-  shape = (rows, cfg.num_kv_heads, length, cfg.head_dim)
-  return {'k': jnp.zeros(shape, cfg.dtype), 'v': jnp.zeros(shape, cfg.dtype)}
+def init_cache(cfg: ModelConfig, num_rows: int, length: int) -> State:
+  return {'k': jnp.zeros((num_rows, cfg.num_kv_heads, cfg.head_dim, length), cfg.dtype),
+          'v': jnp.zeros((num_rows, cfg.num_kv_heads, length, cfg.head_dim), cfg.dtype)}
 
 
 def prefill(
     params: dict, cfg: ModelConfig, x: jax.Array, positions: jax.Array, segments: jax.Array, state: State,
+    at: cache.Place,
 ) -> tuple[jax.Array, State]:
   """`apply`, and the keys and values of the T positions in the first T slots of the cache."""
   q, k, v = project(params, cfg, x, positions)
   y = output(params, kernel.attention(q, k, v, segments=segments, implementation=cfg.attention))
-  write = lambda slots, new: jax.lax.dynamic_update_slice(slots, new.swapaxes(1, 2), (0, 0, 0, 0))
-  return y, {'k': write(state['k'], k), 'v': write(state['v'], v)}
+  return y, _write(state, k, v, at, 0)
 
 
 def step(
     params: dict, cfg: ModelConfig, x: jax.Array, position: jax.Array, valid: jax.Array, index: jax.Array,
-    state: State,
+    state: State, at: cache.Place,
 ) -> tuple[jax.Array, State]:
   """One token of every row.
 
@@ -62,9 +63,15 @@ def step(
     index: [] int32, the slot this token goes to.
   """
   q, k, v = project(params, cfg, x, position)
-  write = lambda slots, new: jax.lax.dynamic_update_slice(slots, new[:, :, None], (0, 0, index, 0))
-  state = {'k': write(state['k'], k), 'v': write(state['v'], v)}
-  return output(params, kernel.decode_attention(q, state['k'], state['v'], valid)), state
+  state = _write(state, k[:, None], v[:, None], at, index)
+  heads = kernel.decode_attention(q, cache.read(state['k'], at), cache.read(state['v'], at), valid)
+  return output(params, heads), state
+
+
+def _write(state: State, k: jax.Array, v: jax.Array, at: cache.Place, index: int | jax.Array) -> State:
+  """Puts k and v [B, T, G, K] into T slots from `index`."""
+  return {'k': cache.write(state['k'], k.transpose(0, 2, 3, 1), (0, 0, 0, index), at),
+          'v': cache.write(state['v'], v.swapaxes(1, 2), (0, 0, index, 0), at)}
 
 
 def flops(cfg: ModelConfig, length: int) -> int:

@@ -7,7 +7,7 @@ specs, apply and flops, see `nn/mlp.py`. A new one is one file and one entry her
 import jax
 import jax.numpy as jnp
 
-from nn import attention, mlp, norm, param
+from nn import attention, cache, mlp, norm, param
 from nn.config import ModelConfig
 
 MIXERS = {'attention': attention}
@@ -33,26 +33,28 @@ def apply(
   return _feed_forward(params, cfg, names, x + y, segments)
 
 
-def init_cache(cfg: ModelConfig, names: Names, rows: int, length: int) -> dict:
-  return MIXERS[names[0]].init_cache(cfg, rows, length)
+def init_cache(cfg: ModelConfig, names: Names, num_rows: int, length: int) -> dict:
+  """The mixer's state before any token: arrays [B, ...]."""
+  return MIXERS[names[0]].init_cache(cfg, num_rows, length)
 
 
 def prefill(
-    params: dict, cfg: ModelConfig, names: Names, x: jax.Array, positions: jax.Array, segments: jax.Array, state: dict,
+    params: dict, cfg: ModelConfig, names: Names, x: jax.Array, positions: jax.Array, segments: jax.Array,
+    state: dict, at: cache.Place,
 ) -> tuple[jax.Array, dict]:
-  """[B, T, D] -> [B, T, D], and the mixer's state after these positions."""
+  """[B, T, D] -> [B, T, D], and the mixer's state after these positions. `at`: see `nn/cache.py`."""
   y, state = MIXERS[names[0]].prefill(
-      params['mixer'], cfg, _norm(params, 'mixer', cfg, x), positions, segments, state)
+      params['mixer'], cfg, _norm(params, 'mixer', cfg, x), positions, segments, state, at)
   return _feed_forward(params, cfg, names, x + y, segments)[0], state
 
 
 def step(
     params: dict, cfg: ModelConfig, names: Names, x: jax.Array, position: jax.Array, valid: jax.Array,
-    index: jax.Array, state: dict,
+    index: jax.Array, state: dict, at: cache.Place,
 ) -> tuple[jax.Array, dict]:
   """[B, D] -> [B, D], and the mixer's next state."""
   y, state = MIXERS[names[0]].step(
-      params['mixer'], cfg, _norm(params, 'mixer', cfg, x), position, valid, index, state)
+      params['mixer'], cfg, _norm(params, 'mixer', cfg, x), position, valid, index, state, at)
   x = (x + y)[:, None]
   return _feed_forward(params, cfg, names, x, jnp.ones(x.shape[:2], jnp.int32))[0][:, 0], state
 

@@ -40,13 +40,28 @@ def forward(params: dict, cfg: ModelConfig, tokens: jax.Array, positions: jax.Ar
   Args:
     tokens, positions, segments: [B, T] int32; segments 0 is padding.
   """
-  def layer(names, layer_params, x, state):
-    del state
+  def layer(names, layer_params, x, state, at):
+    del at
     x, extras = block.apply(layer_params, cfg, names, x, positions, segments)
-    return x, None, extras
+    return x, state, extras
 
-  x, _, extras = _walk(params, cfg, layer, _embed(params, cfg, tokens), None)
-  return Output(hidden=norm.rms_norm(x, params['norm']['scale'], cfg.norm_eps), **_collect(extras))
+  no_states = _states(cfg, lambda names: None)
+  x, _, extras = _walk(params, cfg, layer, _embed(params, cfg, tokens), no_states)
+  return Output(hidden=_final_norm(params, cfg, x), **_collect(extras))
+
+
+def prepare(params: dict, cfg: ModelConfig) -> dict:
+  """Parameters as a loop over tokens wants them: matrices in the compute dtype, unrolled layers apart.
+
+  `prefill` and `step` give the same with either form; without this, they round and cut the weights again for every token.
+  """
+  table = param.flat(specs(cfg))
+  rounded = {name: a.astype(cfg.dtype) if table[name].contract or name == 'embed/table' else a
+             for name, a in param.flat(params).items()}
+  params = param.unflat(rounded)
+  if 'blocks' in params and cfg.unroll:
+    params['blocks'] = _apart(params['blocks'], cfg)
+  return params
 
 
 def prefill(
@@ -63,40 +78,41 @@ def prefill(
     hidden of the last slot [B, D], and the cache.
   """
   num_rows, num_slots = tokens.shape
+  if num_slots > length:
+    raise ValueError(f'a prompt of {num_slots} slots does not fit a cache of {length}')
   slots = jnp.arange(num_slots)
   segments = (slots >= start[:, None]).astype(jnp.int32)
   positions = jnp.maximum(slots - start[:, None], 0)
 
-  def layer(names, layer_params, x, state):
-    x, state = block.prefill(layer_params, cfg, names, x, positions, segments, state)
+  def layer(names, layer_params, x, state, at):
+    x, state = block.prefill(layer_params, cfg, names, x, positions, segments, state, at)
     return x, state, {}
 
-  x, states, _ = _walk(params, cfg, layer, _embed(params, cfg, tokens), _init_cache(cfg, num_rows, length))
-  hidden = norm.rms_norm(x[:, -1], params['norm']['scale'], cfg.norm_eps)
-  return hidden, Cache(layers=states, start=start, index=jnp.int32(num_slots))
+  states = _states(cfg, lambda names: block.init_cache(cfg, names, num_rows, length))
+  x, states, _ = _walk(params, cfg, layer, _embed(params, cfg, tokens), states)
+  return _final_norm(params, cfg, x[:, -1]), Cache(layers=states, start=start, index=jnp.int32(num_slots), length=length)
 
 
 def step(params: dict, cfg: ModelConfig, tokens: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
   """Reads one more token of every row: [B] -> hidden [B, D], and the cache."""
-  num_slots = jax.tree.leaves(cache.layers)[0].shape[-2]
-  slots = jnp.arange(num_slots)
+  slots = jnp.arange(cache.length)
   valid = (slots >= cache.start[:, None]) & (slots <= cache.index)
   position = cache.index - cache.start
 
-  def layer(names, layer_params, x, state):
-    x, state = block.step(layer_params, cfg, names, x, position, valid, cache.index, state)
+  def layer(names, layer_params, x, state, at):
+    x, state = block.step(layer_params, cfg, names, x, position, valid, cache.index, state, at)
     return x, state, {}
 
   x, states, _ = _walk(params, cfg, layer, _embed(params, cfg, tokens), cache.layers)
-  hidden = norm.rms_norm(x, params['norm']['scale'], cfg.norm_eps)
-  return hidden, Cache(layers=states, start=cache.start, index=cache.index + 1)
+  return _final_norm(params, cfg, x), cache.replace(layers=states, index=cache.index + 1)
 
 
 def repeat_cache(cache: Cache, n: int) -> Cache:
   """Every row n times, copies of a row adjacent."""
-  layers = {part: jax.tree.map(lambda a: jnp.repeat(a, n, axis=1 if part == 'blocks' else 0), states)
+  stacked = lambda part: part == 'blocks' and isinstance(cache.layers[part], dict)
+  layers = {part: jax.tree.map(lambda a: jnp.repeat(a, n, axis=1 if stacked(part) else 0), states)
             for part, states in cache.layers.items()}
-  return Cache(layers=layers, start=jnp.repeat(cache.start, n), index=cache.index)
+  return cache.replace(layers=layers, start=jnp.repeat(cache.start, n))
 
 
 def unembedding(params: dict, cfg: ModelConfig) -> jax.Array:
@@ -128,48 +144,74 @@ def _embed(params: dict, cfg: ModelConfig, tokens: jax.Array) -> jax.Array:
   return param.constrain(x, cfg.rules, 'batch', *('time',) * (tokens.ndim - 1), None)
 
 
-def _init_cache(cfg: ModelConfig, rows: int, length: int) -> dict:
-  states = {part: {name: block.init_cache(cfg, names, rows, length) for name, names in layers.items()}
-            for part, layers in _parts(cfg).items()}
+def _final_norm(params: dict, cfg: ModelConfig, x: jax.Array) -> jax.Array:
+  return norm.rms_norm(x, params['norm']['scale'], cfg.norm_eps)
+
+
+def _states(cfg: ModelConfig, make) -> dict:
+  """make(names) for every layer, nested as `_walk` wants them: stacked over repeats under a scan."""
+  states = {part: {name: make(names) for name, names in layers.items()} for part, layers in _parts(cfg).items()}
   if 'blocks' in states:
-    states['blocks'] = jax.tree.map(
-        lambda a: jnp.broadcast_to(a, (cfg.repeats, *a.shape)), states['blocks'])
+    period = states['blocks']
+    stacked = lambda a: jnp.broadcast_to(a, (cfg.repeats, *a.shape))
+    states['blocks'] = (period,) * cfg.repeats if cfg.unroll else jax.tree.map(stacked, period)
   return states
 
 
-def _walk(params, cfg, layer, x, states):
-  """Runs layer(names, params, x, state) -> (x, state, extras) through the stack.
+def _apart(blocks: dict, cfg: ModelConfig) -> tuple[dict, ...]:
+  """Stacked parameters as one dict per repeat. By one split: the gradients of slices would be added up in full size."""
+  if isinstance(blocks, tuple):
+    return blocks
+  pieces = jax.tree.map(lambda a: [piece[0] for piece in jax.lax.split(a, (1,) * cfg.repeats)], blocks)
+  return tuple(jax.tree.map(lambda a, i=i: a[i], pieces, is_leaf=lambda a: isinstance(a, list))
+               for i in range(cfg.repeats))
+
+
+def _walk(params: dict, cfg: ModelConfig, layer, x: jax.Array, states: dict) -> tuple[jax.Array, dict, list[dict]]:
+  """Runs layer(names, params, x, state, at) -> (x, state, extras) through the stack.
+
+  Args:
+    states: nested like params; `at` says which part of its state's arrays is the layer's, see `nn/cache.py`.
 
   Returns:
-    x, states nested like params, and the extras of every layer in the order of the model.
+    x, states, and the extras of every layer in the order of the model.
   """
-  run = functools.partial(_remat, cfg, layer)
-  extras, new_states = [], {}
+  extras, new = [], {}
+
+  def period(layers, params, x, states, at):
+    states, out = dict(states), []
+    for name, names in layers.items():
+      x, states[name], more = _remat(cfg, layer, names)(params[name], x, states[name], at)
+      out.append(more)
+    return x, states, out
+
   for part, layers in _parts(cfg).items():
-    old = states[part] if states else dict.fromkeys(layers)
-    if part == 'blocks':
-      def period(x, xs, layers=layers):
-        new, out = {}, []
-        for name, names in layers.items():
-          x, new[name], more = run(names)(xs[0][name], x, xs[1][name] if xs[1] else None)
-          out.append(more)
-        return x, (new, out)
-      x, (new_states[part], stacked) = jax.lax.scan(
-          period, x, (params[part], old if states else None), length=cfg.repeats, unroll=cfg.unroll or 1)
-      extras += [jax.tree.map(lambda a, r=r: a[r], out) for r in range(cfg.repeats) for out in stacked]
+    if part != 'blocks':
+      x, new[part], out = period(layers, params[part], x, states[part], None)
+      extras += out
+    elif cfg.unroll:
+      new[part] = ()
+      for layer_params, state in zip(_apart(params[part], cfg), states[part], strict=True):
+        x, state, out = period(layers, layer_params, x, state, None)
+        new[part] += (state,)
+        extras += out
     else:
-      new_states[part] = {}
-      for name, names in layers.items():
-        x, new_states[part][name], more = run(names)(params[part][name], x, old[name])
-        extras.append(more)
-  return x, new_states, extras
+      def body(carry, xs, layers=layers):
+        x, state, out = period(layers, xs[0], *carry, xs[1])
+        return (x, state), out
+      (x, new[part]), out = jax.lax.scan(body, (x, states[part]), (params[part], jnp.arange(cfg.repeats)))
+      extras += [jax.tree.map(lambda a, r=r: a[r], more) for r in range(cfg.repeats) for more in out]
+  return x, new, extras
 
 
 def _remat(cfg, layer, names):
   """layer with the backward pass that cfg.remat asks for."""
   layer = functools.partial(layer, names)
   policies = {'full': None, 'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
-  return layer if cfg.remat == 'none' else jax.checkpoint(layer, policy=policies[cfg.remat])
+  if cfg.remat == 'none':
+    return layer
+  # Inside a scan nothing can be merged with the forward pass anyway, and the barriers against it cost time.
+  return jax.checkpoint(layer, policy=policies[cfg.remat], prevent_cse=cfg.unroll)
 
 
 def _collect(extras: list[dict]) -> dict:

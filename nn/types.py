@@ -67,8 +67,10 @@ class Output:
 class Cache:
   """The state of decoding. Rows are padded on the left, so that one slot index serves all rows.
 
-  layers: per-mixer states, nested like the parameters ({'head': .., 'blocks': .., 'tail': ..}; blocks stacked over repeats).
+  layers: per-mixer states, nested like the parameters ({'head': .., 'blocks': .., 'tail': ..}; blocks stacked over
+    repeats, or a tuple of repeats where the model unrolls them).
   """
   layers: dict[str, Any]
   start: jax.Array                   # [B] int32, first slot that is not padding
   index: jax.Array                   # [] int32, next slot to be written
+  length: int = flax.struct.field(pytree_node=False)     # number of slots
