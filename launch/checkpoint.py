@@ -13,6 +13,7 @@ import math
 import platform
 import shutil
 import subprocess
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -50,17 +51,16 @@ class Checkpointer:
     self._folder = Path(workdir).absolute() / FOLDER
     self._metric, self._sign = best_metric, 1 if best_mode == 'max' else -1
     self._writing = (0, 0)                                   # step, bytes
+    self._failure = ''                                       # then the manager is closed
     policies = [ocp.checkpoint_managers.LatestN(keep)]
     if best_metric:
-      policies.append(ocp.checkpoint_managers.BestN(
-          get_metric_fn=self._score, n=1, keep_checkpoints_without_metrics=False))
+      policies.append(ocp.checkpoint_managers.BestN(get_metric_fn=self._score, n=1))
     _quiet()
     self._manager = ocp.CheckpointManager(self._folder, options=ocp.CheckpointManagerOptions(
         best_fn=self._score,         # only makes orbax write metrics down; the policy decides
         preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
         cleanup_tmp_directories=True,
         todelete_subdir=TRASH))
-    self._empty_trash()
 
   def __enter__(self):
     return self
@@ -85,8 +85,10 @@ class Checkpointer:
 
     Raises:
       ValueError: something that cannot be saved, or a step before the newest checkpoint.
-      OSError: this or the previous checkpoint could not be written.
+      OSError: this or the previous checkpoint could not be written. Nothing is saved after that.
     """
+    if self._failure:
+      raise OSError(errno.EIO, f'no more checkpoints are saved, because {self._failure}')
     if step in self._manager.all_steps():
       if wait:
         self.wait()
@@ -114,18 +116,18 @@ class Checkpointer:
   def wait(self) -> None:
     """Returns when nothing is being written any more; raises OSError if that failed."""
     with self._explained():
-      self._manager.wait_until_finished()
+      if not self._failure:
+        self._manager.wait_until_finished()
 
   def check(self) -> None:
     """Raises OSError if writing in the background has failed; never waits."""
-    if not self._manager.is_saving_in_progress():
+    if not self._failure and not self._manager.is_saving_in_progress():
       self.wait()
 
   def close(self) -> None:
     """Waits, then gives up threads and files."""
-    try:
-      self.wait()
-    finally:
+    self.wait()
+    if not self._failure:
       self._manager.close()
       self._empty_trash()
 
@@ -195,14 +197,14 @@ class Checkpointer:
       yield
     except (OSError, ValueError, RuntimeError) as error:
       step, needed = self._writing
-      with contextlib.suppress(Exception):       # the same error again, from the other thread
-        self._manager.wait_until_finished()
-      if jax.process_index() == 0:
-        for partial in self._folder.glob(f'{step}.orbax-checkpoint-tmp*'):
-          shutil.rmtree(partial, ignore_errors=True)
-      self._manager.reload()
-      raise _not_written(f'the checkpoint of step {step}', self._folder, needed, error,
-                         f'; checkpoints of steps {self.steps()} are whole') from error
+      # Only closing waits for every thread that writes; the same error comes out of it again.
+      with contextlib.suppress(Exception):
+        self._manager.close()
+      _remove_partial(self._folder / str(step))
+      explained = _not_written(f'the checkpoint of step {step}', self._folder, needed, error,
+                               f'; checkpoints of steps {self.steps()} are whole')
+      self._failure = explained.strerror
+      raise explained from error
 
 
 def load_params(path: str | Path, abstract_params: Tree) -> Tree:
@@ -239,6 +241,7 @@ def save_params(folder: str | Path, params: Tree, meta: Mapping[str, Any]) -> No
       writer.save(folder, args=ocp.args.Composite(
           state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)))
   except (OSError, ValueError, RuntimeError) as error:
+    _remove_partial(folder)
     needed = sum(x.nbytes for x in jax.tree.leaves(params))
     raise _not_written('parameters', folder.parent, needed, error) from error
 
@@ -357,6 +360,14 @@ def _damaged(folder: str | Path):
     yield
   except (OSError, ValueError, KeyError) as error:
     raise ValueError(f'checkpoint {folder} cannot be read: {_first_line(error)}') from error
+
+
+def _remove_partial(folder: Path) -> None:
+  """Makes room again. Threads that are still writing may defeat it; the next start tries again."""
+  for _ in range(10 if jax.process_index() == 0 else 0):
+    for partial in folder.parent.glob(f'{folder.name}.orbax-checkpoint-tmp*'):
+      shutil.rmtree(partial, ignore_errors=True)
+    time.sleep(0.02)
 
 
 def _not_written(what: str, folder: Path, needed: int, error: Exception, more: str = '') -> OSError:

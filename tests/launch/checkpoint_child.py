@@ -22,7 +22,7 @@ TABLE = np.arange(64, dtype=np.float32).reshape(8, 8)
 
 def killed() -> None:
   """Saves step 1, then dies by SIGKILL as soon as step 2 is being written in the background."""
-  big = np.random.default_rng(0).standard_normal(1 << 24).astype(np.float32)
+  big = np.random.default_rng(0).standard_normal(1 << 22).astype(np.float32)
   checkpoints = Checkpointer(WORKDIR)
   checkpoints.save(1, {'params': {'w': big}}, {'cursor': 1}, {}, wait=True)
   checkpoints.save(2, {'params': {'w': big + 1}}, {'cursor': 2}, {})

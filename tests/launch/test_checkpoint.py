@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import jax
@@ -122,20 +123,18 @@ def test_arguments_may_be_donated_or_changed_once_save_returns(checkpoints, spec
     (dict(keep=1, best_metric='score', best_mode='min'), [1, float('nan'), None, 2], [1, 4], 1),
     (dict(keep=1, best_metric='score'), [None, None, None], [3], None)])
 def test_the_newest_and_the_best_are_kept(tmp_path, options, scores, kept, best):
-  for resume in (False, True):       # all by one object, or every step by a new one
-    workdir = tmp_path / str(resume)
-    checkpoints = Checkpointer(workdir, **options)
-    for step, score in enumerate(scores, 1):
-      if resume:
-        checkpoints.close()
-        checkpoints = Checkpointer(workdir, **options)
-      metrics = {'other': -step} if score is None else {'other': -step, 'score': score}
-      checkpoints.save(step, tiny(), {}, {}, metrics)
-    checkpoints.wait()
-    assert checkpoints.steps() == kept
-    assert checkpoints.best() == best
-    assert checkpoints.latest() == len(scores)
-    checkpoints.close()
+  checkpoints = Checkpointer(tmp_path, **options)
+  for step, score in enumerate(scores, 1):
+    if step % 2 == 0:                # half of the steps are saved after a restart
+      checkpoints.close()
+      checkpoints = Checkpointer(tmp_path, **options)
+    metrics = {'other': -step} if score is None else {'other': -step, 'score': score}
+    checkpoints.save(step, tiny(), {}, {}, metrics)
+  checkpoints.wait()
+  assert checkpoints.steps() == kept
+  assert checkpoints.best() == best
+  assert checkpoints.latest() == len(scores)
+  checkpoints.close()
 
 
 def test_steps_are_removed_by_a_rename(tmp_path, monkeypatch):
@@ -202,32 +201,40 @@ def test_a_process_killed_while_saving_leaves_the_older_checkpoint(tmp_path):
   assert len(left) == 2 and left[1].name.startswith('2.'), f'not killed while writing: {left}'
   with pytest.raises(ValueError, match='never finished'):
     checkpoint.find(left[1])
+  shutil.copytree(left[1], left[1].with_name('7.orbax-checkpoint-tmp'))
 
   with Checkpointer(tmp_path) as checkpoints:
     assert checkpoints.steps() == [1] and checkpoints.latest() == 1
     assert checkpoints.memory(1) == {'cursor': 1}
-    template = {'params': {'w': jax.ShapeDtypeStruct((1 << 24,), np.float32)}}
-    before = np.random.default_rng(0).standard_normal(1 << 24).astype(np.float32)
+    template = {'params': {'w': jax.ShapeDtypeStruct((1 << 22,), np.float32)}}
+    before = np.random.default_rng(0).standard_normal(1 << 22).astype(np.float32)
     np.testing.assert_array_equal(checkpoints.restore(1, template)['params']['w'], before)
     assert checkpoints.save(2, tiny(2.0), {}, {}, wait=True)
     np.testing.assert_array_equal(checkpoints.restore(2, tiny())['params']['w'], 2.0)
   assert sorted(p.name for p in (tmp_path / 'checkpoints').iterdir()) == ['1', '2']
 
 
-class FullDisk:
-  """The future of a write that finds the disk full."""
+class Write:
+  """The future of a write in the background that ends as it is told."""
 
-  def result(self, timeout=None):
-    raise OSError(errno.ENOSPC, 'No space left on device')
+  def __init__(self, end):
+    self.result = end
+
+  async def async_save(self, *args, **kwargs):
+    return [self]
 
 
-def test_a_full_disk_is_explained_and_harms_no_older_checkpoint(tmp_path, monkeypatch):
+@pytest.mark.parametrize('cause', [
+    OSError(errno.ENOSPC, 'as Python says it'),
+    ValueError('RESOURCE_EXHAUSTED: as tensorstore says it: No space left on device')])
+def test_a_full_disk_is_explained_and_harms_no_older_checkpoint(tmp_path, monkeypatch, cause):
+  def full(timeout=None):
+    raise cause
+
   checkpoints = Checkpointer(tmp_path, keep=1)
   checkpoints.save(1, tiny(1.0), {}, {}, wait=True)
   with monkeypatch.context() as patch:
-    async def fails(*args, **kwargs):
-      return [FullDisk()]
-    patch.setattr(ocp.JsonCheckpointHandler, 'async_save', fails)
+    patch.setattr(ocp.JsonCheckpointHandler, 'async_save', Write(full).async_save)
     checkpoints.save(2, tiny(2.0), {'seen': np.zeros(100, np.uint8)}, {})   # goes wrong later
     with pytest.raises(OSError) as error:
       checkpoints.save(3, tiny(3.0), {}, {})
@@ -237,12 +244,48 @@ def test_a_full_disk_is_explained_and_harms_no_older_checkpoint(tmp_path, monkey
                ' free', 'checkpoints of steps [1] are whole'):
     assert text in str(error.value)
 
-  assert checkpoints.steps() == [1]
-  np.testing.assert_array_equal(checkpoints.restore(1, tiny())['params']['w'], 1.0)
-  assert [p.name for p in folder.iterdir()] == ['1']         # the unfinished one takes up no room
-  assert checkpoints.save(2, tiny(4.0), {}, {}, wait=True)   # there is room again
-  np.testing.assert_array_equal(checkpoints.restore(2, tiny())['params']['w'], 4.0)
+  with pytest.raises(OSError, match='no more checkpoints .* step 2 in'):
+    checkpoints.save(3, tiny(3.0), {}, {})
   checkpoints.close()
+
+  with Checkpointer(tmp_path, keep=1) as checkpoints:
+    np.testing.assert_array_equal(checkpoints.restore(1, tiny())['params']['w'], 1.0)
+    assert checkpoints.save(2, tiny(4.0), {}, {}, wait=True)
+  assert [p.name for p in folder.iterdir()] == ['2']
+
+
+def test_parameters_that_cannot_be_written_leave_nothing(tmp_path, monkeypatch):
+  def full(timeout=None):
+    raise OSError(errno.ENOSPC, 'full')
+
+  monkeypatch.setattr(ocp.JsonCheckpointHandler, 'async_save', Write(full).async_save)
+  with pytest.raises(OSError, match=f'no room for parameters in {tmp_path}: about 16 bytes needed'):
+    checkpoint.save_params(tmp_path / 'reference', tiny()['params'], {})
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_a_check_does_not_wait(checkpoints, monkeypatch):
+  go_on = threading.Event()
+  slow = Write(lambda timeout=None: go_on.wait(60))
+  monkeypatch.setattr(ocp.JsonCheckpointHandler, 'async_save', slow.async_save)
+  checkpoints.save(1, tiny(), {}, {})
+  for _ in range(3):
+    checkpoints.check()
+  assert checkpoints.steps() == []
+  go_on.set()
+  checkpoints.wait()
+  assert checkpoints.steps() == [1]
+
+
+def test_what_is_written_in_the_background_is_a_copy(checkpoints, monkeypatch):
+  given, written = {'config': {'a': [1]}}, []
+  save = ocp.args.JsonSave
+  monkeypatch.setattr(ocp.args, 'JsonSave', lambda item: written.append(item) or save(item))
+  checkpoints.save(1, tiny(), given, given)
+  copies = [item['config'] for item in written if 'config' in item]
+  assert copies == [given['config']] * 2                     # memory and meta
+  for copy in copies:
+    assert copy is not given['config'] and copy['a'] is not given['config']['a']
 
 
 @pytest.mark.parametrize('way', ['check', 'close'])
@@ -259,11 +302,12 @@ def test_a_refused_write_is_explained(tmp_path, way):
       while way == 'check':
         checkpoints.check()
       checkpoints.close()
+    checkpoints.close()                                      # says it once
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-  assert checkpoints.steps() == [1]
-  np.testing.assert_array_equal(checkpoints.restore(1, tiny())['params']['w'], 1.0)
-  checkpoints.close()
+  with Checkpointer(tmp_path) as checkpoints:
+    assert checkpoints.steps() == [1]
+    np.testing.assert_array_equal(checkpoints.restore(1, tiny())['params']['w'], 1.0)
 
 
 def test_a_damaged_checkpoint_is_named(checkpoints):

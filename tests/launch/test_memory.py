@@ -20,7 +20,7 @@ def example():
                'half': ml_dtypes.bfloat16(1.5)},
       'reader': {'0': {'next': 2**70, 'epochs': [1, 2, [True, {}]], 'shape': (3, (4, 'a'), [])},
                  '1': [np.zeros((0, 4), np.float32), np.array(7, np.int32), np.arange(9)[::2]]},
-      'odd': {3: 'int key', '$array': 'a name like a reference', (1, 'b'): -0.0},
+      'odd': {3: 'int key', (1, 'b'): -0.0}, 'like a reference': {'$array': 'but is none'},
       'numbers': [float('nan'), float('inf'), -float('inf'), 5e-324, 1, True, False],
   }
 
