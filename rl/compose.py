@@ -30,13 +30,14 @@ def ready(method: Method) -> Method:
   """
   if strange := [s.name for s in method.stages if s.slot not in SLOTS]:
     raise ValueError(f'stages {strange} are in no known slot; slots are {SLOTS}')
-  off = {t.name for t in method.terms if not callable(t.coef) and t.coef == 0}
   known = {t.name for t in method.terms}
   for stage in method.stages:
     if unknown := set(stage.on) - known:
       raise ValueError(f'stage {stage.name!r} weights unknown terms {sorted(unknown)}; terms are {sorted(known)}')
-  terms = tuple(t for t in method.terms if t.name not in off)
-  stages = tuple(sorted((s for s in method.stages if not s.on or set(s.on) - off), key=lambda s: SLOTS.index(s.slot)))
+  terms = tuple(t for t in method.terms if callable(t.coef) or t.coef != 0)
+  left = {t.name for t in terms}
+  stages = (s for s in method.stages if not s.on or left & set(s.on))
+  stages = tuple(sorted(stages, key=lambda s: SLOTS.index(s.slot)))
   for what, items in (('stages', stages), ('terms', terms)):
     names = [x.name for x in items]
     if len(set(names)) < len(names):

@@ -79,7 +79,8 @@ def group_advantage(eps: float = 1e-4) -> Method:
   def run(record):
     above, size = above_group(record), group_size(record.rows.group)
     square = group_mean(above * above, record.rows.group) * size / np.maximum(size - 1, 1)
-    return spread(record, above / (np.where(size == 1, 1.0, np.sqrt(square)) + eps))
+    alike = (size == 1) | (square == 0)
+    return spread(record, above / (np.where(alike, 1.0, np.sqrt(square)) + eps))
   if eps < 0:
     raise ValueError(f'eps is {eps}, wanted at least 0')
   return Method(stages=(Stage('group_advantage', 'estimate', run),))

@@ -1,5 +1,6 @@
 """Mathematical equivalence by the math-verify package. Runs in a worker, see `rl.rewards.pool`."""
 
+import re
 from typing import Any
 
 # Answers come last. The package's patterns backtrack, and beginners write thousands of digits.
@@ -28,6 +29,15 @@ def candidate(text: str) -> str:
   return text
 
 
+def bare_formula(text: str) -> bool:
+  """Whether the text is LaTeX or algebra, like x+1, that only lacks its dollar signs."""
+  if '$' in text or '\\boxed' in text:
+    return False
+  words = re.findall(r'(?<![\\A-Za-z])[A-Za-z]+', text)
+  algebra = words and max(map(len, words)) == 1 and re.search(r'[-+*/^=]', text)
+  return '\\' in text or bool(algebra)
+
+
 def parse(text: str) -> list:
   """The answer in the text as math-verify's expressions, best first; [] if there is none."""
   import math_verify  # 60 MB and a second: only workers need it
@@ -36,7 +46,7 @@ def parse(text: str) -> list:
   read = lambda text: math_verify.parse(text, parsing_timeout=None)
   spot = candidate(text)
   short = 0 < len(spot) <= MAX_FORMULA
-  if short and '\\' in spot and '$' not in spot and '\\boxed' not in spot:
+  if short and bare_formula(spot):
     return read(f'${spot}$')
   return read(spot) or (read(f'${spot}$') if short else [])
 

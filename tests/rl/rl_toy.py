@@ -38,7 +38,7 @@ def scores(params, tokens):
 
 
 def record(rewards, group, mask=None, seed=0, **fields):
-  """A Record of random rows with these rewards, [N] each; the whole response trained unless masked."""
+  """A Record of random rows with these rewards, [N] each; trains whole responses unless masked."""
   num = len(group)
   tokens = np.random.default_rng(seed).integers(0, V, (num, T)).astype(np.int32)
   train = np.ones((num, T), np.float32) if mask is None else np.asarray(mask, np.float32)
@@ -70,7 +70,8 @@ def batch(method, rec):
   weights = {}
   for term in method.terms:
     weight, extra = term.aggregate(rec.masks[term.mask]), rec.weight.get(term.name, np.ones(1))
-    weights[term.name] = (weight * (extra[:, None] if extra.ndim == 1 else extra)).astype(np.float32)
+    weight = weight * (extra[:, None] if extra.ndim == 1 else extra)
+    weights[term.name] = weight.astype(np.float32)
   needs = [n for term in method.terms for n in term.needs if not isinstance(n, Want)]
   return Batch(
       tokens=rec.rows.tokens, positions=None, segments=None, masks=rec.masks, weights=weights,
@@ -93,6 +94,6 @@ def loss(terms, params, step):
 def gradient(method, rec, params):
   """(gradient [V, V], loss) after the method's stages; jitted, as in training."""
   step = batch(method, run(method, rec))
-  grad = jax.jit(jax.grad(lambda p: loss(method.terms, p, step), has_aux=True))
-  value = loss(method.terms, params, step)[0]
-  return np.asarray(grad(params)[0]), np.asarray(value)
+  both = jax.jit(jax.value_and_grad(lambda p: loss(method.terms, p, step)[0]))
+  value, slope = both(params)
+  return np.asarray(slope), np.asarray(value)

@@ -1,4 +1,4 @@
-"""Weights and losses against hand-worked numbers, enumerated softmaxes and the laws they must obey."""
+"""Weights and losses: hand-worked numbers, enumerated softmaxes and the laws they must obey."""
 
 import jax
 import jax.numpy as jnp
