@@ -20,7 +20,7 @@ class Format:
   prompt: str = 'prompt'
   response: str = 'response'
   messages: str = 'messages'
-  template: str = '{prompt}'           # {prompt} is the prompt field, any other {name} that field of the row
+  prompt_template: str = '{prompt}'    # {prompt} is the prompt field, any other {name} that field
 
   def __post_init__(self):
     if self.kind not in FORMATS:
@@ -72,7 +72,7 @@ def prompt(row: dict, form: Format, tokenizer: Tokenizer) -> tuple[str, list[int
       messages = messages[:-1]
     return chat.prompt(tokenizer, messages, row.get('tools'))
   fill = lambda match: string(row, form.prompt if match[1] == 'prompt' else match[1])
-  text = re.sub(r'\{(\w+)\}', fill, form.template)
+  text = re.sub(r'\{(\w+)\}', fill, form.prompt_template)
   return text, begin(tokenizer) + tokenizer.encode(text)
 
 

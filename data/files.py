@@ -18,6 +18,7 @@ import numpy as np
 import zstandard
 
 FORMAT = 1                             # of what lies in the cache folder
+HELD = 1 << 12                        # entries of an index in memory while it is built
 BLOCK = 1 << 20                        # bytes read at a time in a pass over a file
 SAMPLES, SAMPLE = 64, 1 << 16          # a digest covers so many evenly spaced samples of so many bytes
 
@@ -107,7 +108,7 @@ def line_index(path: Path, cache: str) -> Path:
       if not line.isspace():
         found.append((place, number))
       place += len(line)
-      if len(found) == BLOCK // 16:
+      if len(found) == HELD:
         out.write(np.array(found, np.int64).tobytes())
         found = []
     if not found and not out.tell():

@@ -15,11 +15,14 @@ class Part:
   weight: float = 1.0
 
 
-def elements(parts: tuple[Part, ...], *, seed: int, stream: int, streams: int) -> grain.MapDataset:
+def elements(parts: tuple[Part, ...], *, seed: int, stream: int, streams: int, shuffle: bool = True) -> grain.MapDataset:
   """The endless sequence of elements of one of the sub-streams of a run.
 
-  In every epoch of a part each of its examples is in exactly one sub-stream, and in another order than before.
+  In every epoch of a part each of its examples is in exactly one sub-stream.
   Parts are interleaved exactly: with weights 3 and 1, three of every four elements are of the first.
+
+  Args:
+    shuffle: in another order in every epoch; otherwise as they stand in the source.
 
   Raises:
     ValueError: no parts, two of one name, a weight that is not positive, or a part with fewer rows than streams.
@@ -31,20 +34,19 @@ def elements(parts: tuple[Part, ...], *, seed: int, stream: int, streams: int) -
       raise ValueError(f'{p.name}: weight {p.weight}, wanted a positive one')
     if len(p.examples) < streams:
       raise ValueError(f'{p.name}: {len(p.examples)} rows cannot feed {streams} streams')
-  shuffled = [_part(p, seed + 1000 * i, stream, streams) for i, p in enumerate(parts)]
+  sharded = [_part(p, (seed + 1000 * i) % 2**32 if shuffle else None, stream, streams) for i, p in enumerate(parts)]
   if len(parts) == 1:
-    return shuffled[0]
-  return grain.MapDataset.mix(shuffled, [p.weight for p in parts])
+    return sharded[0]
+  return grain.MapDataset.mix(sharded, [p.weight for p in parts])
 
 
-def _part(part: Part, seed: int, stream: int, streams: int) -> grain.MapDataset:
+def _part(part: Part, seed: int | None, stream: int, streams: int) -> grain.MapDataset:
   size = len(part.examples)
-  return (grain.MapDataset.range(size)
-          .map_with_index(functools.partial(_with_epoch, size))   # the shuffle hands on indices beyond the first epoch
-          .shuffle(seed=seed % 2**32)
-          [stream::streams]
-          .repeat()
-          .map(functools.partial(_example, part.examples)))
+  # Before the shuffle, which hands on indices beyond the first epoch.
+  rows = grain.MapDataset.range(size).map_with_index(functools.partial(_with_epoch, size))
+  if seed is not None:
+    rows = rows.shuffle(seed=seed)
+  return rows[stream::streams].repeat().map(functools.partial(_example, part.examples))
 
 
 def _with_epoch(size: int, index: int, row: int) -> tuple[int, int]:

@@ -40,10 +40,19 @@ def prefetch(rows: grain.IterDataset, size: int) -> grain.IterDataset:
   return grain.experimental.ThreadPrefetchIterDataset(rows, prefetch_buffer_size=size)
 
 
+def for_json(state: dict) -> dict:
+  """A state of the iterator of packed rows as JSON gives it back; `from_json` undoes it."""
+  return _slices(state, list)
+
+
 def from_json(state: dict) -> dict:
-  """A state that went through JSON, for set_state: ConcatThenSplit compares its slices with tuples."""
+  """ConcatThenSplit compares its slices with tuples, which JSON does not have."""
+  return _slices(state, tuple)
+
+
+def _slices(state, kind):
   slices = state.get('remainder_slices')
-  return state | {'remainder_slices': {k: tuple(v) for k, v in slices.items()}} if slices else state
+  return state | {'remainder_slices': {k: kind(v) for k, v in slices.items()}} if slices else state
 
 
 def row(pieces: list[tuple[np.ndarray, np.ndarray]], length: int) -> dict[str, np.ndarray]:

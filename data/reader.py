@@ -24,7 +24,7 @@ class Reader:
   """An endless sequence of batches."""
 
   def __init__(self, parts: tuple[Part, ...], *, length: int, rows: int, seed: int, packing_kind: str,
-               streams: int = 1, process: int = 0, processes: int = 1, workers: int = 0):
+               streams: int = 1, process: int = 0, processes: int = 1, workers: int = 0, shuffle: bool = True):
     """Reads one row of each part, so that a wrong field name is an error here.
 
     Args:
@@ -32,10 +32,11 @@ class Reader:
       rows: of a batch, over all processes.
       packing_kind: split, fit or pad, see data/packing.py.
       workers: processes that tokenise, for each sub-stream; 0: a thread of this one does.
+      shuffle: anew in every epoch.
     """
     if rows % streams or streams % processes:
       raise ValueError(f'{rows} rows, {streams} streams, {processes} processes: each must divide the one before')
-    self._parts, self._seed, self._workers = tuple(parts), seed, workers
+    self._parts, self._seed, self._workers, self._shuffle = tuple(parts), seed, workers, shuffle
     self._length, self._rows, self._kind, self._streams = length, rows, packing_kind, streams
     self._mine = range(process * streams // processes, (process + 1) * streams // processes)
     for p in parts:
@@ -46,7 +47,8 @@ class Reader:
     self._end = weakref.finalize(self, _close, self._iterators)
 
   def _stream(self, s: int) -> grain.DatasetIterator:
-    source = mixture.elements(self._parts, seed=self._seed, stream=s, streams=self._streams)
+    source = mixture.elements(
+        self._parts, seed=self._seed, stream=s, streams=self._streams, shuffle=self._shuffle)
     kept = stream.Kept(stream.Elements(source, self._workers), sum(len(p.examples) for p in self._parts))
     packed = packing.pack(kept, self._kind, length=self._length, bins=BINS, seed=self._seed + s)
     batched = packed.batch(self._rows // self._streams, drop_remainder=True)
@@ -59,7 +61,7 @@ class Reader:
 
   def state(self) -> dict[str, Any]:
     """Where the sub-streams of this process are, for JSON. What was prepared ahead does not count as read."""
-    return {str(s): self._iterators[s].get_state() for s in self._mine}
+    return {str(s): packing.for_json(self._iterators[s].get_state()) for s in self._mine}
 
   def restore(self, state: dict[str, Any]):
     """Goes on where the reader with that state was.
@@ -90,7 +92,7 @@ class Reader:
     """What the batches depend on, for JSON: to be stored with a state, and checked before it is restored."""
     if self._contract is None:
       self._contract = {
-          'format': FORMAT, 'seed': self._seed, 'streams': self._streams, 'rows': self._rows,
+          'format': FORMAT, 'seed': self._seed, 'shuffle': self._shuffle, 'streams': self._streams, 'rows': self._rows,
           'length': self._length, 'packing': [self._kind, BINS if self._kind == 'fit' else 0],
           'parts': {p.name: {'weight': p.weight} | p.examples.identity() for p in self._parts}}
     return self._contract

@@ -55,12 +55,11 @@ class Lines:
 
 
 class Records:
-  """An ArrayRecord file of JSON objects."""
+  """An ArrayRecord file of JSON objects. Its index is in memory, some 30 bytes a row: on disk it is 25 times slower."""
 
   def __init__(self, path: Path):
     self._path = path
-    # Offloaded: otherwise every reader holds the file's index in memory.
-    self._source = grain.sources.ArrayRecordDataSource(str(path), {'index_storage_option': 'offloaded'})
+    self._source = grain.sources.ArrayRecordDataSource(str(path))
     if not len(self._source):
       raise ValueError(f'{path} has no rows')
 

@@ -12,9 +12,9 @@ import tokenizers
 
 # One role and content per line; a turn of the assistant ends with the end-of-sequence id.
 PLAIN_CHAT = (
-    '{% for m in messages %}{{ m.role }}: {{ m.content }}'
-    "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"
-    '{% if add_generation_prompt %}assistant: {% endif %}')
+    "{% for m in messages %}{{ m.role + ': ' + m.content }}"
+    "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}")
 
 EOS_NAMES = ('</s>', '<|endoftext|>', '<eos>', '<|end_of_text|>', '<|eot_id|>', '<|im_end|>', '[EOS]')
 PAD_NAMES = ('<pad>', '<|pad|>', '<|padding|>', '<|finetune_right_pad_id|>', '[PAD]')
