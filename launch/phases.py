@@ -129,7 +129,7 @@ def form_of(d: Any) -> fields.Format:
   if d.format == 'arithmetic':
     return fields.Format(kind='problem')
   if d.format == 'problem':
-    return fields.Format(kind='problem', prompt=d.prompt, response=d.response, template=d.prompt_template)
+    return fields.Format(kind='problem', prompt=d.prompt, response=d.response, prompt_template=d.prompt_template)
   name = {'text': 'text', 'tokens': 'tokens', 'chat': 'messages'}.get(d.format)
   return fields.Format(kind=d.format, **({name: d[name]} if name else {}))
 

@@ -1,0 +1,41 @@
+"""A language model of plain text, byte by byte. Any text file will do; the numbers are for Tiny Shakespeare.
+
+    python launch/train.py --config configs/lm_shakespeare.py --workdir runs/shakespeare \
+        --config.pretrain.data.files=input.txt
+
+The last tenth of the file is kept for evaluation and read whole, in order. docs/results.md has time and loss.
+"""
+
+from configs.base import get_config as base
+
+
+def get_config():
+  c = base()
+  c.phases = ('pretrain',)
+
+  c.model.embed_dim = 192
+  c.model.num_heads = 6
+  c.model.num_kv_heads = 6
+  c.model.head_dim = 32
+  c.model.ffw_dim = 512
+  c.model.repeats = 4
+  c.model.qk_norm = True
+  c.model.unroll = True
+  c.model.max_length = 256
+
+  c.pretrain.steps = 3600
+  c.pretrain.rows = 32
+  c.pretrain.length = 128
+  c.pretrain.data.format = 'text'
+  c.pretrain.data.heldout = 0.1
+  c.pretrain.optimizer.name = 'muon'
+  c.pretrain.optimizer.learning_rate = 5e-3
+  c.pretrain.optimizer.weight_decay = 0.1
+  c.pretrain.optimizer.schedule = 'wsd'
+  c.pretrain.optimizer.warmup = 50
+  c.pretrain.optimizer.decay = 1200
+
+  c.eval.every = 600
+  c.checkpoint.every = 600
+  c.log.every = 20
+  return c
