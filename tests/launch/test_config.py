@@ -4,6 +4,7 @@ import inspect
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +12,7 @@ from configs import base
 from launch import cli, config
 from rl.methods import METHODS
 
+ROOT = str(Path(__file__).resolve().parents[2])
 HEAD = 'from configs.base import get_config as base\ndef get_config():\n  c = base()\n'
 
 
@@ -167,7 +169,9 @@ def test_lists_in_a_file_become_tuples(file):
 
 
 def test_whole_numbers_for_floats_become_floats(file):
-  c = config.load(file('c.rl.temperature = 1\nc.sft.data.weights = (3, 1)\nc.rl.grpo.clip_high = 1'))
+  c = config.load(file('''c.rl.temperature = 1
+c.sft.data.weights = (3, 1)
+c.rl.grpo.clip_high = 1'''))
   assert type(c.rl.temperature) is float and type(c.rl.grpo.clip_high) is float
   assert [type(w) for w in c.sft.data.weights] == [float, float]
 
@@ -336,6 +340,6 @@ def test_a_users_error_is_one_line_and_status_2(raised, flags, status, stderr):
   statement = raised if raised.startswith(('return', 'open')) else f'raise {raised}'
   script = f'from launch import cli\ndef main(arguments):\n  {statement}\ncli.run(main)\n'
   done = subprocess.run([sys.executable, '-c', script, *flags], capture_output=True, text=True,
-                        env=os.environ | {'PYTHONPATH': os.getcwd()}, timeout=60)
+                        env=os.environ | {'PYTHONPATH': ROOT}, timeout=60)
   assert done.returncode == status
   assert done.stderr == stderr or (stderr == 'Traceback' and done.stderr.startswith(stderr))
