@@ -38,3 +38,32 @@ def _backward(num_inputs, residuals, grad):
 
 
 linear.defvjp(_forward, _backward)
+
+
+@jax.custom_vjp
+def logits(x: jax.Array, table: jax.Array) -> jax.Array:
+  """The product with a table of one vector per output.
+
+  Args:
+    x: [..., D] in the compute dtype.
+    table: [V, D] float32, rounded to the compute dtype for the products.
+
+  Returns:
+    [..., V] float32. The gradient of the table is summed and kept in float32.
+  """
+  return jnp.einsum('...d,vd->...v', x, table.astype(x.dtype), preferred_element_type=jnp.float32)
+
+
+def _logits_forward(x, table):
+  return logits(x, table), (x, table)
+
+
+def _logits_backward(residuals, grad):
+  x, table = residuals
+  grad = grad.astype(x.dtype)
+  dx = jnp.einsum('...v,vd->...d', grad, table.astype(x.dtype))
+  dtable = jnp.einsum('...v,...d->vd', grad, x, preferred_element_type=jnp.float32)
+  return dx, dtable.astype(table.dtype)
+
+
+logits.defvjp(_logits_forward, _logits_backward)

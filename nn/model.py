@@ -9,7 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from nn import block, norm, param
+from nn import block, linear, norm, param
 from nn.config import ModelConfig, pair
 from nn.param import Spec
 from nn.types import Cache, Output
@@ -115,15 +115,9 @@ def repeat_cache(cache: Cache, n: int) -> Cache:
   return cache.replace(layers=layers, start=jnp.repeat(cache.start, n))
 
 
-def unembedding(params: dict, cfg: ModelConfig) -> jax.Array:
-  """The table [V, D] that turns hidden states into logits."""
-  return params['embed' if cfg.tied else 'unembed']['table']
-
-
 def unembed(params: dict, cfg: ModelConfig, hidden: jax.Array) -> jax.Array:
   """Logits: [..., D] -> [..., V] float32."""
-  table = unembedding(params, cfg).astype(hidden.dtype)
-  return jnp.einsum('...d,vd->...v', hidden, table, preferred_element_type=jnp.float32)
+  return linear.logits(hidden, params['embed' if cfg.tied else 'unembed']['table'])
 
 
 def flops(cfg: ModelConfig, length: int) -> int:

@@ -120,20 +120,34 @@ def shardings(specs: Tree, mesh: Mesh, rules: Mapping[str, tuple[str, ...]]) -> 
   return unflat({name: NamedSharding(mesh, partition_spec(s, mesh, rules, name)) for name, s in flat(specs).items()})
 
 
-def constrain(x: jax.Array, rules: tuple[tuple[str, tuple[str, ...]], ...], *axes: str | None) -> jax.Array:
-  """Asks for a sharding of an activation under the ambient mesh (jax.set_mesh); nothing happens without one.
+Rules = tuple[tuple[str, tuple[str, ...]], ...]
+
+
+def mesh_axes(rules: Rules, axis: str, size: int) -> tuple[str, ...]:
+  """Mesh axes of the ambient mesh (jax.set_mesh) over which an activation's axis of this size is split.
+
+  None where they do not divide it (the one row of a prompt): unlike a parameter's, its size is not known before the run.
+  """
+  shape = jax.sharding.get_abstract_mesh().shape
+  names = tuple(m for m in dict(rules)[axis] if shape.get(m, 1) > 1)
+  return names if size % math.prod(shape[m] for m in names) == 0 else ()
+
+
+def ways(rules: Rules, axis: str, size: int) -> int:
+  """How many pieces an activation's axis of this size is split into under the ambient mesh."""
+  shape = jax.sharding.get_abstract_mesh().shape
+  return math.prod(shape[m] for m in mesh_axes(rules, axis, size))
+
+
+def constrain(x: jax.Array, rules: Rules, *axes: str | None) -> jax.Array:
+  """Asks for a sharding of an activation under the ambient mesh; nothing happens without one.
 
   Args:
-    axes: one logical axis per dimension of x; None: not split. A dimension that its mesh axes do not divide (the one
-      row of a prompt) is not split either: unlike a parameter's, its size is not known before the run.
+    axes: one logical axis per dimension of x; None: not split.
   """
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or mesh.size == 1:
+  if jax.sharding.get_abstract_mesh().size <= 1:
     return x
-  table, parts = dict(rules), []
-  for axis, size in zip(axes, x.shape, strict=True):
-    names = tuple(m for m in table[axis] if mesh.shape.get(m, 1) > 1) if axis else ()
-    parts.append(names if names and size % math.prod(mesh.shape[m] for m in names) == 0 else None)
+  parts = [mesh_axes(rules, axis, size) or None if axis else None for axis, size in zip(axes, x.shape, strict=True)]
   return jax.lax.with_sharding_constraint(x, PartitionSpec(*parts))
 
 

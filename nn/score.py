@@ -1,63 +1,135 @@
 """From hidden states to log-probabilities, a stretch of positions at a time. The only module that shifts by one.
 
-B rows, T positions, D model width, V vocabulary, S ids of a truncated support, C positions of a chunk.
+B rows, T positions, D model width, V vocabulary, S ids of a truncated support, k ids asked for, C positions of a chunk.
 """
-
-import math
 
 import jax
 import jax.numpy as jnp
 
-from nn import model
+from nn import model, param
 from nn.config import ModelConfig
-from nn.types import MTP, Batch, Output, Want
+from nn.types import Batch, Output, Want
 
-FAR = -1e30                            # stands for minus infinity where its gradient, NaN, could leak
+FAR = -1e30                            # minus infinity that stays finite in sums and gradients
 CHUNK_BYTES = 2**24                    # of float32 logits that exist at once on a device
-CHUNK_TOKENS = 512                     # fewer per device, and reading the table costs more than the product
+CHUNK_TOKENS = 512                     # on a device; with fewer, reading the table takes longer than multiplying by it
+
+Scores = dict[Want, jax.Array | tuple[jax.Array, jax.Array]]
 
 
-def score(
-    params: dict, cfg: ModelConfig, output: Output, batch: Batch, wants: tuple[Want, ...],
-) -> dict[Want, jax.Array | tuple[jax.Array, jax.Array]]:
+def score(params: dict, cfg: ModelConfig, output: Output, batch: Batch, wants: tuple[Want, ...]) -> Scores:
   """What `wants` ask about every token, given the tokens before it in its segment.
 
   Logits are divided by batch.temperature. Where batch.support names ids and the token is among them, LOGP and ENTROPY
-  are of the distribution over these ids only; the other kinds are always of the whole distribution.
+  are of the distribution over these ids alone; the other kinds are always of the distribution over all ids.
 
   Returns:
-    {want: float32 [B, T]} and as `nn.types` says for the other kinds; 0 where there is nothing to predict from, at a
-    segment's first token and at padding. [B, T, V] logits never exist, and none are kept for the backward pass.
+    {want: float32 [B, T]}, and for the other kinds what `nn.types` says; 0 where there is nothing to predict from, at a
+    segment's first token and at padding. Differentiable; [B, T, V] logits never exist unless they are small
+    (CHUNK_BYTES), and are not kept for the backward pass even then.
+
+  Raises:
+    ValueError: a kind that this model cannot answer.
   """
-  if MTP in wants:
-    raise ValueError('the model has no multi-token prediction head')
-  shifted = lambda x: jnp.concatenate([x[:, :1], x[:, :-1]], axis=1)
-  known = (batch.segments == shifted(batch.segments)) & (batch.segments != 0) & (jnp.arange(batch.tokens.shape[1]) > 0)
-  inputs = {
-      'hidden': shifted(output.hidden), 'tokens': batch.tokens, 'known': known, 'support': batch.support,
-      'ids': {w.ids: batch.data[w.ids][0] for w in wants if w.kind == 'at'},
-  }
+  if unknown := sorted({want.kind for want in wants} - KINDS.keys()):
+    raise ValueError(f'nothing in this model answers {unknown}; known are {sorted(KINDS)}')
+  length = batch.tokens.shape[1]
+  previous = lambda x: jnp.concatenate([x[:, :1], x[:, :-1]], axis=1)
+  inside = (batch.segments == previous(batch.segments)) & (batch.segments != 0) & (jnp.arange(length) > 0)
+  rows = {
+      'hidden': previous(output.hidden), 'tokens': batch.tokens, 'inside': inside, 'support': batch.support,
+      'ids': {want.ids: batch.data[want.ids][0] for want in wants if want.kind == 'at'}}
 
   @jax.checkpoint
-  def values(part):
-    return {w: _value(w, part, _logits(params, cfg, part['hidden'], batch.temperature)) for w in wants}
+  def values(chunk):
+    logits = model.unembed(params, cfg, chunk['hidden']) / batch.temperature
+    blank = lambda x: jnp.where(chunk['inside'].reshape(chunk['inside'].shape + (1,) * (x.ndim - 2)), x, 0)
+    return {want: jax.tree.map(blank, KINDS[want.kind](logits, chunk, want)) for want in wants}
 
-  return values(inputs)
+  size = cfg.score_chunk or chunk_size(cfg, *batch.tokens.shape)
+  if size >= length:
+    return values(rows)
+  num_chunks = -(-length // size)
+  size = -(-length // num_chunks)
+  pad = num_chunks * size - length
+
+  def cut(x):                          # [B, T, ...] -> [chunks, B, C, ...]
+    x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
+    return jnp.moveaxis(x.reshape(x.shape[0], num_chunks, size, *x.shape[2:]), 1, 0)
+
+  def join(x):
+    return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], num_chunks * size, *x.shape[3:])[:, :length]
+
+  return jax.tree.map(join, jax.lax.map(values, jax.tree.map(cut, rows)))
 
 
-def _logits(params, cfg, hidden, temperature):
-  return model.unembed(params, cfg, hidden) / temperature
+def chunk_size(cfg: ModelConfig, num_rows: int, length: int) -> int:
+  """Positions whose logits exist at once, under the ambient mesh: all T where they are small."""
+  rows = num_rows // param.ways(cfg.rules, 'batch', num_rows)
+  vocabulary = cfg.vocab_size // param.ways(cfg.rules, 'vocab', cfg.vocab_size)
+  tokens = max(CHUNK_TOKENS, CHUNK_BYTES // (4 * vocabulary))
+  return min(length, max(1, tokens // rows))
 
 
-def _value(want, part, logits):
-  known = part['known']
-  def masked(x):
-    return jnp.where(known.reshape(known.shape + (1,) * (x.ndim - 2)), x, 0)
-  lse = jax.nn.logsumexp(logits, axis=-1)
-  if want.kind == 'logp':
-    logit = jnp.take_along_axis(logits, part['tokens'][..., None], axis=-1)[..., 0]
-    return masked(logit - lse)
-  if want.kind == 'entropy':
-    logp = logits - lse[..., None]
-    return masked(-jnp.sum(jnp.exp(logp) * logp, axis=-1))
-  raise ValueError(f'unknown want {want}')
+def _normaliser(logits: jax.Array) -> jax.Array:
+  return jax.nn.logsumexp(logits, axis=-1)
+
+
+def _take(logits: jax.Array, ids: jax.Array) -> jax.Array:
+  return jnp.take_along_axis(logits, ids, axis=-1)
+
+
+def _candidates(logits: jax.Array, chunk: dict) -> tuple[jax.Array, jax.Array]:
+  """Logits of the support's ids [B, C, S], FAR where an id is missing, and where the support holds [B, C]."""
+  ids = chunk['support']
+  logits = jnp.where(ids >= 0, _take(logits, jnp.maximum(ids, 0)), FAR)
+  return logits, jnp.any((ids >= 0) & (ids == chunk['tokens'][..., None]), axis=-1)
+
+
+def _logp(logits: jax.Array, chunk: dict, want: Want) -> jax.Array:
+  """[B, C]."""
+  del want
+  normaliser = _normaliser(logits)
+  if chunk['support'] is not None:
+    candidates, holds = _candidates(logits, chunk)
+    normaliser = jnp.where(holds, _normaliser(candidates), normaliser)
+  return _take(logits, chunk['tokens'][..., None])[..., 0] - normaliser
+
+
+def _entropy(logits: jax.Array, chunk: dict, want: Want) -> jax.Array:
+  """[B, C], in nats."""
+  del want
+
+  def entropy(x):
+    logp = x - _normaliser(x)[..., None]
+    return -jnp.sum(jnp.exp(logp) * logp, axis=-1)
+
+  if chunk['support'] is None:
+    return entropy(logits)
+  candidates, holds = _candidates(logits, chunk)
+  return jnp.where(holds, entropy(candidates), entropy(logits))
+
+
+def _topk(logits: jax.Array, chunk: dict, want: Want) -> tuple[jax.Array, jax.Array]:
+  """ids [B, C, k] int32 and their log-probabilities [B, C, k]."""
+  del chunk
+  best, ids = jax.lax.top_k(logits, want.size)
+  return ids, best - _normaliser(logits)[..., None]
+
+
+def _at(logits: jax.Array, chunk: dict, want: Want) -> tuple[jax.Array, jax.Array]:
+  """Log-probabilities of the given ids [B, C, k], and of all others together [B, C]."""
+  ids = chunk['ids'][want.ids]
+  normaliser = _normaliser(logits)
+  others = jnp.put_along_axis(logits, ids, FAR, axis=-1, inplace=False)
+  return _take(logits, ids) - normaliser[..., None], _normaliser(others) - normaliser
+
+
+def _fixed(logits: jax.Array, chunk: dict, want: Want) -> tuple[jax.Array, jax.Array]:
+  """Log-probability of one id [B, C], and the log-normaliser of the logits of all others [B, C]."""
+  del chunk
+  others = jnp.where(jnp.arange(logits.shape[-1]) == want.size, FAR, logits)
+  return logits[..., want.size] - _normaliser(logits), _normaliser(others)
+
+
+KINDS = {'logp': _logp, 'entropy': _entropy, 'topk': _topk, 'at': _at, 'fixed': _fixed}
