@@ -31,7 +31,7 @@ def make_forward(cfg: ModelConfig) -> Callable:
 
 
 def make_decoder(cfg: ModelConfig) -> sample.Decoder:
-  """The model as the sampler sees it: logits and a cache."""
+  """The model as the sampler sees it, for parameters that went through `nn.model.prepare`: logits and a cache."""
 
   def prefill(params, tokens, start, length):
     hidden, cache = model.prefill(params, cfg, tokens, start, length)
@@ -88,6 +88,7 @@ def make_sample(cfg: ModelConfig, mesh: jax.sharding.Mesh, max_prompt: int, toke
     token_bytes: rl.sample.TokenBytes, needed where sampling.stop is not empty.
   """
   decoder = make_decoder(cfg)
+  prepare = jax.jit(functools.partial(model.prepare, cfg=cfg))
 
   def rows(params, prompts: list, group: int, sampling: sample.Sampling, key: jax.Array) -> Rows:
     longest = max(len(p) for p in prompts)
@@ -104,7 +105,7 @@ def make_sample(cfg: ModelConfig, mesh: jax.sharding.Mesh, max_prompt: int, toke
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(np.arange(count))
     tokens_on, start_on = mesh_lib.put_global((tokens, start), mesh)
     out = sample.sample(
-        decoder, params, tokens_on, start_on, keys, group=group, sampling=sampling, token_bytes=token_bytes)
+        decoder, prepare(params), tokens_on, start_on, keys, group=group, sampling=sampling, token_bytes=token_bytes)
     out = jax.tree.map(lambda x: x[:len(prompts) * group], mesh_lib.gather(out))
     begin = np.repeat(width - start[:len(prompts)], group).astype(np.int32)
     left = shift_left(np.concatenate([np.repeat(tokens[:len(prompts)], group, 0), out.tokens], 1), width - begin)

@@ -21,7 +21,15 @@ class Feed(NamedTuple):
   collect: Callable    # (params, memory, step) -> work: all that needs the weights as they are now
   batches: Callable    # work -> iterator of Batch; each is one optimiser step
   finish: Callable     # work -> memory: nested dicts of arrays, numbers and strings, all that must be remembered
-  describe: Callable   # work -> ({metric: number}, tokens of this step, sample rows to show)
+  describe: Callable   # work -> Told
+
+
+class Told(NamedTuple):
+  """What a step has to say before its metrics are there."""
+  notes: dict          # {metric: number}
+  tokens: int          # of this step
+  samples: tuple = ()  # rows to show
+  warning: str = ''
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +76,7 @@ class Hooks(NamedTuple):
   due: Callable        # step -> bool: is a checkpoint due
   log: Callable        # (step, phase, {metric: number}, tokens, seconds) -> None
   show: Callable       # (step, sample rows) -> None
+  warn: Callable       # (step, text) -> None
   dump: Callable       # (step, batch) -> where it was written
   stop: StopSignal
   agree: Callable      # bool -> bool: true on all processes if it is on any
@@ -147,11 +156,13 @@ def train(phase: Phase, state: Any, memory: Any, start: int, hooks: Hooks, fresh
         break
     memory = phase.feed.finish(work)
     settled(began)
-    notes, tokens, shown = phase.feed.describe(work)
-    notes = notes | {'learning_rate': phase.rate(step - phase.first)}
-    pending = Pending(step + 1, used, results, notes, tokens, began)
-    if shown:
-      hooks.show(step + 1, shown)
+    told = phase.feed.describe(work)
+    notes = told.notes | {'learning_rate': phase.rate(step - phase.first)}
+    pending = Pending(step + 1, used, results, notes, told.tokens, began)
+    if told.samples:
+      hooks.show(step + 1, told.samples)
+    if told.warning:
+      hooks.warn(step + 1, told.warning)
   settled()
   return state, memory
 

@@ -14,7 +14,7 @@ import numpy as np
 from launch import engine as engine_lib
 from launch import mesh as mesh_lib
 from launch import rollout
-from launch.loop import Feed
+from launch.loop import Feed, Told
 from nn.types import LOGP
 from rl import sample
 from rl.rewards import pool
@@ -88,7 +88,7 @@ def response_text(tokenizer: Any, rows: Any, n: int) -> str:
 
 
 def grade(grader: Any, tokenizer: Any, prompts: tuple, rows: Any) -> tuple[dict, dict]:
-  """Rewards of all rows, each graded on the process it belongs to: ({name: [N]}, counts of what went wrong)."""
+  """Rewards of all rows, each graded on the process it belongs to: ({name: [N]}, {'verifier_errors', 'verifier_timeouts', 'first_error'})."""
   mine = range(jax.process_index(), len(rows.start), jax.process_count())
   items = [(prompts[rows.info['prompt'][n]]['prompt'], response_text(tokenizer, rows, n),
             prompts[rows.info['prompt'][n]]) for n in mine]
@@ -99,7 +99,8 @@ def grade(grader: Any, tokenizer: Any, prompts: tuple, rows: Any) -> tuple[dict,
     spread[list(mine)] = values
     everywhere[name] = spread
   counts = {f'verifier_{k}': float(report[k]) for k in ('errors', 'timeouts')}
-  return mesh_lib.sum_over_processes(everywhere), mesh_lib.sum_over_processes(counts)
+  counts = mesh_lib.sum_over_processes(counts)
+  return mesh_lib.sum_over_processes(everywhere), counts | {'first_error': report['first_error']}
 
 
 def make_feed(method: Method, task: rollout.Task, make_engine: Callable, settings: Settings, place: Callable,
@@ -141,7 +142,7 @@ def make_feed(method: Method, task: rollout.Task, make_engine: Callable, setting
   def describe(record):
     rows, num = record.rows, len(record.rows.start)
     if not num:
-      return record.notes | {'rows_missing': float(num_rows)}, 0, ()
+      return Told(numbers(record.notes), 0, warning='every sample was filtered away: no update')
     real = record.masks['train'].any(1)
     length = (rows.end - rows.start)[real]
     logp = (rows.logp * record.masks['train']).sum() / max(record.masks['train'].sum(), 1)
@@ -150,19 +151,24 @@ def make_feed(method: Method, task: rollout.Task, make_engine: Callable, setting
         'reward': total[real].mean(), 'response_length': length.mean(), 'truncated': 1 - rows.info['stopped'][real].mean(),
         'entropy': -logp, 'advantage_abs': np.abs(record.advantage[real]).mean() if record.advantage is not None else 0.0}
     metrics |= {f'reward/{k}': np.nanmean(v[real]) for k, v in record.reward.items() if np.isfinite(v[real]).any()}
-    metrics |= record.notes | rollout.parity(record)
-    metrics = {k: float(v) for k, v in metrics.items()}
-    tokens = int(rows.end[real].sum())
+    metrics = numbers(metrics | record.notes | rollout.parity(record))
+    tokens, missing = int(rows.end[real].sum()), record.notes['rows_missing']
+    warnings = [record.notes['first_error']] * bool(record.notes['first_error'])
+    warnings += [f'{missing} of {num_rows} rows are missing after {settings.refills} refills'] * bool(missing)
     if not show(record.step + 1):
-      return metrics, tokens, ()
+      return Told(metrics, tokens, warning='; '.join(warnings))
     order = np.argsort(total + np.where(real, 0, np.inf), kind='stable')[:int(real.sum())]
     picked = dict.fromkeys([*order[:4].tolist(), *order[-4:].tolist()])
     samples = [{'prompt': decode(dataclasses.replace(rows, start=0 * rows.start, end=rows.start), n),
                 'response': decode(rows, n), 'reward': float(total[n]), 'group': int(rows.group[n]),
                 'stopped': bool(rows.info['stopped'][n])} for n in picked]
-    return metrics, tokens, samples
+    return Told(metrics, tokens, samples, '; '.join(warnings))
 
   return Feed(collect, batches, finish, describe)
+
+
+def numbers(notes: dict) -> dict[str, float]:
+  return {k: float(v) for k, v in notes.items() if not isinstance(v, str)}
 
 
 def first_rows(rows: Rows, n: int) -> Rows:

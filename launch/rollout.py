@@ -132,7 +132,7 @@ def join(a: Record | None, b: Record) -> Record:
     return b
   both = lambda x, y: jax.tree.map(lambda u, v: np.concatenate([u, v]), x, y)
   rows = Rows(**{f.name: both(getattr(a.rows, f.name), getattr(b.rows, f.name)) for f in dataclasses.fields(Rows)})
-  notes = {k: a.notes.get(k, 0) + b.notes.get(k, 0) for k in a.notes | b.notes}
+  notes = {k: a.notes[k] + b.notes[k] if k in a.notes and k in b.notes else v for k, v in (a.notes | b.notes).items()}
   return dataclasses.replace(b, rows=rows, masks=both(a.masks, b.masks), reward=both(a.reward, b.reward), notes=notes)
 
 

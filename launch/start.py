@@ -95,11 +95,12 @@ def open_log(run: Run, built: list[Built], resumed: int | None) -> metrics.Logge
   """The run's log, with what the run is printed at its head."""
   c = run.config.log
   log = metrics.Logger(
-      run.workdir, total_steps=built[-1].phase.last, resumed=resumed or 0, tensorboard=c.tensorboard, wandb=c.wandb)
+      run.workdir, total_steps=built[-1].phase.last, resumed=resumed or 0, tensorboard=c.tensorboard, wandb=c.wandb,
+      phase_ends={b.phase.name: b.phase.last for b in built})
   log.summary(describe(run, built, resumed))
   for b in built:
     for what, (rows, first) in b.report().items():
-      log.say(f'{b.phase.name}: {what}: {rows}; first: {first}')
+      log.warn(resumed or 0, f'{b.phase.name}: {what}: {rows}; first: {first}')
   return log
 
 
@@ -114,7 +115,8 @@ def describe(run: Run, built: list[Built], resumed: int | None) -> list[tuple[st
       ('devices', f'{len(devices)} x {devices[0].device_kind}, {jax.process_count()} process(es)'), ('mesh', mesh),
       ('model', f'{param.count(run.specs):,} parameters, {len(run.cfg.layers)} layers, compute in {run.cfg.dtype}'),
       ('bytes per device', f'{held:,} parameters + {moments:,} optimiser + {held:,} gradients'),
-      ('attention', attention.choose(run.cfg.attention, built[-1].length, run.cfg.head_dim))]
+      ('attention', run.cfg.attention if run.cfg.attention != 'auto' else
+       f'auto: {attention.choose(jax.default_backend(), built[-1].length, run.cfg.head_dim)}')]
   for b in built:
     p = b.phase
     lines.append((p.name, f'steps {p.first} to {p.last}, up to {b.tokens:,} tokens a step'))
@@ -154,8 +156,9 @@ def make_hooks(run: Run, built: list[Built], checkpoints: checkpoint.Checkpointe
       return loop.dump_batch(str(run.workdir / f'bad_batch_{step}_process_{jax.process_index()}.npz'), batch)
 
     return loop.Hooks(
-        save=save, due=lambda step: step % every == 0, log=write, show=log.samples, dump=dump, stop=stop,
-        agree=lambda flag: bool(mesh_lib.sum_over_processes(np.float64(flag)) > 0))
+        save=save, due=lambda step: step % every == 0, log=write, warn=log.warn,
+        show=lambda step, rows: log.samples(step, rows, phase=b.phase.name), dump=dump, stop=stop,
+        agree=lambda flag: flag if jax.process_count() == 1 else bool(mesh_lib.sum_over_processes(np.float64(flag)) > 0))
 
   return hooks
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from launch import mesh as mesh_lib
-from launch.loop import Feed
+from launch.loop import Feed, Told
 from nn.types import LOGP, Batch
 from rl.types import Method
 
@@ -39,7 +39,7 @@ def make_feed(reader: Any, method: Method, mesh: jax.sharding.Mesh) -> Feed:
       collect=collect,
       batches=lambda work: iter(work[:1]),
       finish=lambda work: work[1],
-      describe=lambda work: ({}, work[2], ()))
+      describe=lambda work: Told({}, work[2]))
 
 
 def make_evaluate(forward: Callable, open_reader: Callable, mesh: jax.sharding.Mesh) -> Callable:
