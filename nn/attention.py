@@ -3,6 +3,8 @@
 B rows, T positions, L cache slots, D model width, H query heads, G key/value heads, K head size.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -32,7 +34,7 @@ def specs(cfg: ModelConfig) -> dict:
 def apply(params: dict, cfg: ModelConfig, x: jax.Array, positions: jax.Array, segments: jax.Array) -> jax.Array:
   """Attention over a whole row: [B, T, D], [B, T], [B, T] -> [B, T, D]."""
   q, k, v = project(params, cfg, x, positions)
-  return output(params, kernel.attention(q, k, v, segments=segments, implementation=cfg.attention))
+  return output(params, _attend(cfg, q, k, v, segments))
 
 
 def init_cache(cfg: ModelConfig, num_rows: int, length: int) -> State:
@@ -46,8 +48,7 @@ def prefill(
 ) -> tuple[jax.Array, State]:
   """`apply`, and the keys and values of the T positions in the first T slots of the cache."""
   q, k, v = project(params, cfg, x, positions)
-  y = output(params, kernel.attention(q, k, v, segments=segments, implementation=cfg.attention))
-  return y, _write(state, k, v, at, 0)
+  return output(params, _attend(cfg, q, k, v, segments)), _write(state, k, v, at, 0)
 
 
 def step(
@@ -66,6 +67,12 @@ def step(
   state = _write(state, k[:, None], v[:, None], at, index)
   heads = kernel.decode_attention(q, cache.read(state['k'], at), cache.read(state['v'], at), valid)
   return output(params, heads), state
+
+
+def _attend(cfg: ModelConfig, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
+  split = functools.partial(param.mesh_axes, cfg.rules)
+  axes = kernel.Axes(split('batch', q.shape[0]), split('heads', q.shape[2]), split('kv_heads', k.shape[2]))
+  return kernel.attention(q, k, v, segments=segments, implementation=cfg.attention, axes=axes)
 
 
 def _write(state: State, k: jax.Array, v: jax.Array, at: cache.Place, index: int | jax.Array) -> State:

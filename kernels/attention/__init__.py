@@ -3,7 +3,7 @@
 B rows, T positions, H query heads, G key/value heads, K head size, L cache slots.
 """
 
-from kernels.attention.dispatch import IMPLEMENTATIONS, attention, choose
+from kernels.attention.dispatch import IMPLEMENTATIONS, Axes, attention, choose, platform
 from kernels.attention.decode import decode_attention
 
-__all__ = ['IMPLEMENTATIONS', 'attention', 'choose', 'decode_attention']
+__all__ = ['IMPLEMENTATIONS', 'Axes', 'attention', 'choose', 'decode_attention', 'platform']

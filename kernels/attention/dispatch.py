@@ -1,23 +1,51 @@
-"""Which implementation runs. B rows, T positions, H query heads, G key/value heads, K head size."""
+"""Which implementation runs, and on which shard of the arrays. B rows, T positions, H query heads, G key/value heads, K head size."""
+
+import functools
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
-from kernels.attention import chunked, reference
+from kernels.attention import chunked, gpu, reference, splash
 
-IMPLEMENTATIONS = {'reference': reference.attention, 'chunked': chunked.attention}
+IMPLEMENTATIONS = {
+    'reference': reference.attention,
+    'chunked': chunked.attention,
+    'splash': splash.attention,
+    'gpu': gpu.attention,
+}
+KERNEL_PLATFORM = {'splash': 'tpu', 'gpu': 'gpu'}              # the others run everywhere
+# What 'auto' stands for: the kernels for rows of at least one block, with head sizes proved to compile.
+AUTO = {'cpu': 'chunked', 'tpu': 'splash', 'gpu': 'gpu'}
+SHORTEST, WIDEST = 128, 256            # positions, head size
 
 
-def choose(platform: str, length: int, head_dim: int) -> str:
-  """The implementation that 'auto' stands for on a platform (cpu, tpu, gpu), at T positions and head size K."""
-  del platform, length, head_dim
-  return 'chunked'
+class Axes(NamedTuple):
+  """Mesh axes that axes of the arrays are split over."""
+  batch: tuple[str, ...] = ()
+  heads: tuple[str, ...] = ()
+  kv_heads: tuple[str, ...] = ()
+
+
+def platform() -> str:
+  """cpu, tpu or gpu: of the ambient mesh, which may be one to compile for without having it, or else of this process."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return device.platform if device else jax.default_backend()
+
+
+def choose(on: str, length: int, head_dim: int) -> str:
+  """The implementation that 'auto' stands for on platform `on`, at T positions and head size K."""
+  if on not in AUTO:
+    raise ValueError(f'no attention for platform {on!r}; known are {sorted(AUTO)}')
+  return 'chunked' if length < SHORTEST or head_dim > WIDEST else AUTO[on]
 
 
 def attention(
     q: jax.Array, k: jax.Array, v: jax.Array, *, segments: jax.Array, scale: float | None = None,
-    implementation: str = 'auto',
+    implementation: str = 'auto', axes: Axes = Axes(),
 ) -> jax.Array:
-  """Causal attention within equal non-zero segments, see `reference`.
+  """Causal attention within equal non-zero segments; the definition is in `reference`.
 
   Args:
     q: [B, T, H, K].
@@ -25,11 +53,39 @@ def attention(
     segments: [B, T] int32; 0 is padding, which gives zeros.
     scale: of the scores; K**-0.5 unless given.
     implementation: a name of IMPLEMENTATIONS, or 'auto', see `choose`.
+    axes: how the arrays are split over the ambient mesh. A kernel runs on each device's own rows and heads.
 
   Returns:
     [B, T, H, K] in q's dtype.
+
+  Raises:
+    ValueError: shapes that do not fit; an implementation that does not exist, or not on this platform.
   """
-  scale = q.shape[-1] ** -0.5 if scale is None else scale
+  rows, heads, groups = q.shape[:2], q.shape[2], k.shape[2]
+  if k.shape != v.shape or k.shape != (*rows, groups, q.shape[3]) or heads % groups or segments.shape != rows:
+    raise ValueError(f'q {q.shape}, k {k.shape}, v {v.shape}, segments {segments.shape} do not fit together')
   if implementation == 'auto':
-    implementation = choose(jax.default_backend(), q.shape[1], q.shape[3])
-  return IMPLEMENTATIONS[implementation](q, k, v, segments=segments, scale=scale)
+    implementation = choose(platform(), q.shape[1], q.shape[3])
+  if implementation not in IMPLEMENTATIONS:
+    raise ValueError(f'unknown attention {implementation!r}; known are auto, {", ".join(IMPLEMENTATIONS)}')
+  home = KERNEL_PLATFORM.get(implementation, platform())
+  if platform() != home:
+    raise ValueError(f'attention {implementation!r} runs on {home}, not on {platform()}')
+  scale = q.shape[-1] ** -0.5 if scale is None else scale
+  run = functools.partial(IMPLEMENTATIONS[implementation], scale=scale)
+  if implementation in KERNEL_PLATFORM:
+    return per_device(run, q, k, v, segments, axes)
+  return run(q, k, v, segments=segments)
+
+
+def per_device(run, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, axes: Axes) -> jax.Array:
+  """run(q, k, v, segments=...) on every device's rows and heads: the compiler cannot split a kernel by itself."""
+  if jax.sharding.get_abstract_mesh().size <= 1:
+    return run(q, k, v, segments=segments)
+  if axes.kv_heads != axes.heads:      # a device's query heads may need any key head
+    k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
+  rows = axes.batch or None
+  heads = PartitionSpec(rows, None, axes.heads or None)
+  return jax.shard_map(
+      lambda q, k, v, segments: run(q, k, v, segments=segments), check_vma=False,
+      in_specs=(heads, heads, heads, PartitionSpec(rows)), out_specs=heads)(q, k, v, segments)
