@@ -125,6 +125,24 @@ def overlong(max_tokens: int, share: float = 0.2, factor: float = 1.0) -> Method
   return Method(stages=(Stage('overlong', 'reward', run),))
 
 
+def shuffled_rewards(seed: int = 0) -> Method:
+  """A control experiment: every row gets the rewards of a row drawn without replacement.
+
+  All components of a row move together, so that their distribution stays as it is and only what
+  they say about the row is lost. A run that still improves learns from something else. To be
+  listed behind other pieces of the reward slot, whose components it then moves, too; what is
+  logged and shown is what the row was given.
+
+  seed: the permutation is drawn by it and the step.
+  """
+  def run(record):
+    order = np.random.default_rng([seed, record.step]).permutation(len(record.rows.start))
+    return replace(record, reward={name: r[order] for name, r in record.reward.items()})
+  if seed < 0:
+    raise ValueError(f'seed is {seed}, wanted at least 0')
+  return Method(stages=(Stage('shuffled_rewards', 'reward', run),))
+
+
 def mixed_groups(ignore: tuple[str, ...] = ('overlong',)) -> Method:
   """DAPO's dynamic sampling (arXiv:2503.14476): keeps groups whose rewards are not all the same.
 

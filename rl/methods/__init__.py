@@ -20,6 +20,7 @@ METHODS = {
     'centred_advantage': pieces.centred_advantage,
     'leave_one_out': pieces.leave_one_out,
     'overlong': pieces.overlong,
+    'shuffled_rewards': pieces.shuffled_rewards,
     'mixed_groups': pieces.mixed_groups,
     'policy': pieces.policy,
     'kl': pieces.kl,

@@ -136,6 +136,30 @@ def test_overlong_by_hand():
   assert pieces.overlong(20, factor=0.0) == Method()
 
 
+def test_shuffled_rewards_keep_their_values_and_lose_their_rows():
+  rec = rl_toy.record({'task': np.arange(32), 'form': 100 + np.arange(32)}, np.arange(32) // 4)
+  def shuffled(step, seed=0):
+    method = pieces.shuffled_rewards(seed)
+    return rl_toy.run(method, dataclasses.replace(rec, step=step)).reward
+  once = shuffled(3)
+  np.testing.assert_array_equal(np.sort(once['task']), np.arange(32))
+  np.testing.assert_array_equal(once['form'], 100 + once['task'])
+  assert (once['task'] // 4 != rec.rows.group).mean() > 0.5
+  np.testing.assert_array_equal(once['task'], shuffled(3)['task'])
+  assert (once['task'] != shuffled(4)['task']).any()
+  assert (once['task'] != shuffled(3, seed=1)['task']).any()
+
+
+def test_shuffled_rewards_say_nothing_about_the_rows():
+  """Half of 512 rows are good, whole groups of them; good rows are given 1/2 within 4 deviations."""
+  group = np.arange(512) // 8
+  rec = rl_toy.record({'task': group % 2}, group)
+  assert not rl_toy.run(pieces.mixed_groups(), rec).keep.any()
+  out = rl_toy.run(compose(pieces.shuffled_rewards(), pieces.mixed_groups()), rec)
+  assert abs(out.reward['task'][group % 2 == 1].mean() - 0.5) < 4 * 0.5 / 16 / 2 ** 0.5
+  assert out.keep.mean() > 0.9
+
+
 def test_mixed_groups_keeps_whole_groups_with_both_outcomes():
   group = [0, 1, 2, 0, 1, 2, 3]
   rec = rl_toy.record({'task': [1, 1, 0, 0, 1, 0, 1]}, group)
