@@ -80,7 +80,6 @@ def get_config() -> ConfigDict:
   c.rl.graders = 1                     # worker processes that run verifiers
   c.rl.refills = 4                     # draws after the first when filters leave too few rows
   c.rl.max_empty = 10                  # steps running without a row left; then the run stops
-  c.rl.max_empty = 10                  # steps in a row without a single row after filters, before the run stops
   c.rl.reference = ''                  # checkpoint of the reference policy; '': as the phase began
   c.rl.reset_optimizer = True          # begin with fresh moments; they are carried on otherwise
   c.rl.optimizer = optimizer(1e-4)
@@ -89,11 +88,11 @@ def get_config() -> ConfigDict:
   c.arithmetic = ConfigDict()          # the generated task, for data of format 'arithmetic'
   c.arithmetic.digits = 2              # of an operand, at most
   c.arithmetic.operands = 2            # numbers in a problem
-  c.arithmetic.ops = '+'               # operators to draw from: some of +-*
+  c.arithmetic.ops = ('+',)            # operators to draw from: +, -, *
   c.arithmetic.worked = False          # answers show their intermediate digits
   c.arithmetic.pad = False             # numbers have leading zeros, so that all problems are equally long
   c.arithmetic.backwards = False       # results are written from the units, the order they are computed in
-  c.arithmetic.train = 4096            # problems for RL
+  c.arithmetic.train = 3072            # problems for RL
   c.arithmetic.demos = 1024            # problems with a demonstration, for SFT
   c.arithmetic.heldout = 512           # problems for evaluation; none of them is in the other two
 
