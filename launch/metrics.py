@@ -60,7 +60,7 @@ class Logger:
   def __init__(self, workdir: str | Path, *, total_steps: int, console: bool = True,
                tensorboard: bool = True, wandb: str = '', resumed: int = 0,
                phase_ends: Mapping[str, int] | None = None, stream: TextIO | None = None):
-    import jax                        # not at the top: reading logs does not need it
+    import jax  # here, because readers must do without
     self._active = jax.process_index() == 0
     if not self._active:
       return
@@ -221,7 +221,7 @@ def read_lines(path: str | Path) -> list[dict[str, Any]]:
   """The objects of a .jsonl file; [] without a file. A last line that was cut short is passed over.
 
   Raises:
-    ValueError: names file and line of another line that is no object.
+    ValueError: names file and line of another line that is no object with a step.
   """
   if not Path(path).exists():
     return []
@@ -234,7 +234,7 @@ def read_lines(path: str | Path) -> list[dict[str, Any]]:
       found.append(value)
     elif number < len(lines):
       start = line[:80].decode(errors='replace')
-      raise ValueError(f'{path}, line {number}: no JSON object: {start}')
+      raise ValueError(f'{path}, line {number}: no JSON object with a step: {start}')
   return found
 
 
@@ -246,7 +246,7 @@ def cut(path: Path, step: int) -> None:
   with open(path, 'rb') as old, open(rest, 'wb') as new:
     for line in old:
       value = _object(line)
-      if line.endswith(b'\n') and value is not None and value.get('step', -1) <= step:
+      if line.endswith(b'\n') and value is not None and value['step'] <= step:
         new.write(line)
     new.flush()
     os.fsync(new.fileno())
@@ -316,7 +316,7 @@ def _object(line: bytes) -> dict[str, Any] | None:
     value = json.loads(line)
   except ValueError:
     return None
-  return value if isinstance(value, dict) else None
+  return value if isinstance(value, dict) and isinstance(value.get('step'), int) else None
 
 
 def _width() -> int:
@@ -324,7 +324,7 @@ def _width() -> int:
 
 
 def _open_tensorboard(workdir: Path, resumed: int):
-  import tensorboardX                 # half a second that readers do not need
+  import tensorboardX  # here, because it takes half a second that readers do not need
   # The suffix: two runs within a second would write to one file.
   return tensorboardX.SummaryWriter(
       str(workdir / 'tensorboard'), flush_secs=10, filename_suffix=f'.{uuid.uuid4().hex[:6]}',

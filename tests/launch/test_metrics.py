@@ -89,9 +89,11 @@ def test_a_line_cut_short_is_passed_over_and_removed_on_resume(tmp_path):
 
 
 def test_another_broken_line_is_named(tmp_path):
-  (tmp_path / metrics.METRICS).write_text('{"step": 1}\nbroken\n{"step": 2}\n')
-  with pytest.raises(ValueError, match='metrics.jsonl, line 2: no JSON object: broken'):
-    metrics.read_metrics(tmp_path)
+  for broken in ('broken', '[1]', '{"loss": 1}'):
+    (tmp_path / metrics.METRICS).write_text('{"step": 1}\n' + broken + '\n{"step": 2}\n')
+    with pytest.raises(ValueError) as error:
+      metrics.read_metrics(tmp_path)
+    assert f'metrics.jsonl, line 2: no JSON object with a step: {broken}' in str(error.value)
   assert metrics.read_metrics(tmp_path / 'nowhere') == []
 
 
