@@ -20,6 +20,7 @@ import zstandard
 FORMAT = 1                             # of what lies in the cache folder
 HELD = 1 << 12                        # entries of an index in memory while it is built
 BLOCK = 1 << 20                        # bytes read at a time in a pass over a file
+SLICE = 1 << 10                        # bytes of packed text unpacked at a time
 SAMPLES, SAMPLE = 64, 1 << 16          # a digest covers so many evenly spaced samples of so many bytes
 
 
@@ -31,7 +32,8 @@ def expand(patterns: str | tuple[str, ...]) -> tuple[Path, ...]:
   """
   found = set()
   for pattern in [patterns] if isinstance(patterns, str) else patterns:
-    matches = [p for p in glob.glob(os.path.expanduser(pattern), recursive=True) if os.path.isfile(p)]
+    pattern = os.path.expanduser(pattern)
+    matches = [p for p in [pattern, *glob.glob(pattern, recursive=True)] if os.path.isfile(p)]
     if not matches:
       raise ValueError(f'no file matches {pattern!r}')
     found.update(matches)
@@ -92,9 +94,9 @@ def plain(path: Path, cache: str) -> Path:
 
 
 def line_index(path: Path, cache: str) -> Path:
-  """A file of int64 pairs: where each line of a plain file that is not blank begins, and its number from 1.
+  """A file of int64 pairs: where each line that is not blank begins, and its number from 1; of packed files, unpacked.
 
-  The last pair is the file's size and 0.
+  The last pair is the size of the file and 0.
 
   Raises:
     ValueError: every line is blank.
@@ -102,7 +104,7 @@ def line_index(path: Path, cache: str) -> Path:
   target = _cached(path, cache, '.lines')
   if target.exists():
     return target
-  with open(path, 'rb', buffering=BLOCK) as f, _whole(target) as out:
+  with open(plain(path, cache), 'rb', buffering=BLOCK) as f, _whole(target) as out:
     found, place = [], 0
     for number, line in enumerate(f, 1):
       if not line.isspace():
@@ -124,9 +126,10 @@ def _unpacked(path: Path) -> Iterator[bytes]:
         yield block
     return
   # One object per frame: the package's stream reader takes a file that breaks off for one that ends.
+  # It unpacks all it is given at once, so it is given little.
   frame = None
   with open(path, 'rb') as f:
-    while block := f.read(SAMPLE):
+    while block := f.read(SLICE):
       while block:
         frame = frame or zstandard.ZstdDecompressor().decompressobj()
         yield frame.decompress(block)
@@ -137,6 +140,8 @@ def _unpacked(path: Path) -> Iterator[bytes]:
 
 
 def _cached(path: Path, cache: str, suffix: str) -> Path:
+  if not cache:
+    raise ValueError(f'{path}: reading it needs a cache folder')
   stat = os.stat(path)
   key = f'{FORMAT}\0{os.path.abspath(path)}\0{stat.st_size}\0{stat.st_mtime_ns}\0{digest(path)}'
   return Path(cache) / (hashlib.sha256(key.encode()).hexdigest()[:24] + suffix)

@@ -1,15 +1,13 @@
 """Prompts for reinforcement learning, at random access: a number says how far a run has read."""
 
 import dataclasses
-import hashlib
 
 import numpy as np
 
-from data import fields
+from data import fields, shuffle
 from data.fields import Format
 from data.tokenizer import Tokenizer
 
-ROUNDS = 6                             # of the Feistel network behind the shuffle
 LONG = ('error', 'drop')
 
 
@@ -71,7 +69,7 @@ class Prompts:
 
   def _index(self, place: int) -> int:
     epoch, i = divmod(place, len(self))
-    return permuted(i, len(self), f'{self._seed} {epoch}') if self._shuffle else i
+    return shuffle.permuted(i, len(self), f'{self._seed} {epoch}') if self._shuffle else i
 
   def _survey(self, long: str, skip_bad_rows: bool) -> np.ndarray:
     """Numbers of the rows that make a prompt: 8 bytes of memory each."""
@@ -94,20 +92,3 @@ class Prompts:
 
 class TooLong(ValueError):
   """A prompt is longer than allowed."""
-
-
-def permuted(index: int, size: int, key: str) -> int:
-  """Where a permutation of range(size), drawn by the key, takes an index.
-
-  A Feistel network over the next even power of two, walked until it lands inside: no memory, at random access.
-  """
-  half = max(1, ((size - 1).bit_length() + 1) // 2)
-  mask = (1 << half) - 1
-  while True:
-    left, right = index >> half, index & mask
-    for i in range(ROUNDS):
-      drawn = hashlib.blake2b(f'{key} {i} {right}'.encode(), digest_size=8).digest()
-      left, right = right, left ^ (int.from_bytes(drawn, 'little') & mask)
-    index = left << half | right
-    if index < size:
-      return index

@@ -31,7 +31,7 @@ class Lines:
 
   def __init__(self, path: Path, cache: str):
     self._path, self._plain = path, files.plain(path, cache)
-    self._index = files.line_index(self._plain, cache)
+    self._index = files.line_index(path, cache)
     self._size = self._index.stat().st_size // 16 - 1
 
   def __len__(self):
@@ -59,7 +59,10 @@ class Records:
 
   def __init__(self, path: Path):
     self._path = path
-    self._source = grain.sources.ArrayRecordDataSource(str(path))
+    try:
+      self._source = grain.sources.ArrayRecordDataSource(str(path))
+    except RuntimeError as e:
+      raise ValueError(f'{path} is not an ArrayRecord file: {e}') from e
     if not len(self._source):
       raise ValueError(f'{path} has no rows')
 

@@ -100,11 +100,11 @@ class Pieces:
                        f'eos_token, and the vocabulary has none of {EOS_NAMES}')
     pad = _special('pad_token', config, PAD_NAMES, vocabulary, path) or eos
     bos = _special('bos_token', config, BOS_NAMES, vocabulary, path)
-    if 'bos_token' in config and config['bos_token'] is None or config.get('add_bos_token') is False:
+    if 'bos_token' in config and config['bos_token'] is None:
       bos = None
     self.specials = {'eos_token': eos, 'pad_token': pad} | ({'bos_token': bos} if bos else {})
     self.eos_id, self.pad_id = vocabulary[eos], vocabulary[pad]
-    self.bos_id = vocabulary[bos] if bos else None
+    self.bos_id = vocabulary[bos] if bos and config.get('add_bos_token', True) else None
     self.chat_template = chat_template or _template(config)
 
   def encode(self, text: str) -> list[int]:

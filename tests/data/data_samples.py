@@ -24,7 +24,7 @@ def byte_level(folder, config=None):
   made.decoder = decoders.ByteLevel()
   made.train_from_iterator(corpus(), trainers.BpeTrainer(
       vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
-      special_tokens=['<|endoftext|>', '<|im_start|>', '<|im_end|>']))
+      special_tokens=['<|endoftext|>', '<|im_start|>', '<|im_end|>', '<|tool use|>']))
   return write(made, folder, config)
 
 

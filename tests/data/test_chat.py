@@ -96,6 +96,13 @@ def test_generation_blocks_say_what_is_trained_on():
   assert said(made, ids, mask) == ['2;', 'Yes.;']
 
 
+def test_a_generation_block_is_taken_to_its_end():
+  made = Marked("{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content + eos_token + ' ok' }}"
+                "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}", '<|eot_id|>')
+  ids, mask = chat.encode(made, TALK)
+  assert said(made, ids, mask) == ['2<|eot_id|> ok', 'Yes.<|eot_id|> ok']
+
+
 def test_a_template_without_an_end_token_trains_on_all_it_adds():
   made = tokenizer.Bytes("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
                          "{% if add_generation_prompt %}assistant: {% endif %}")

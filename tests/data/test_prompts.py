@@ -1,5 +1,6 @@
 """Prompts for RL: random access, shuffled epochs, long and malformed rows, and no grain on the way."""
 
+import collections
 import json
 import subprocess
 import sys
@@ -9,7 +10,8 @@ import pytest
 
 from data import sources, tokenizer
 from data.fields import Format
-from data.prompts import Prompts, permuted
+from data.prompts import Prompts
+from data.shuffle import permuted
 from data_samples import write_rows
 
 BYTES = tokenizer.load('bytes')
@@ -49,7 +51,8 @@ def test_the_shuffle_is_a_permutation(size):
 
 def test_the_shuffle_leaves_no_trace_of_the_order():
   moved = [permuted(i, 1000, 'key') for i in range(1000)]
-  assert sum(b == a + 1 for a, b in zip(moved, moved[1:])) < 10      # one is expected
+  steps = collections.Counter(b - a for a, b in zip(moved, moved[1:]))
+  assert max(steps.values()) < 15                        # one or two of each are expected
   assert sum(i == m for i, m in enumerate(moved)) < 10
   assert moved != [permuted(i, 1000, 'other') for i in range(1000)]
 

@@ -78,6 +78,8 @@ def test_head_and_tail_cut_at_a_byte_of_the_whole(tmp_path):
     seen[side] = [(t - 3).astype(np.uint8).tobytes() for t, _, _ in found.in_order(collections.Counter())]
   assert b''.join(seen['train']) == whole[:65]
   assert b''.join(seen['heldout']) == whole[65:]
+  short = windows(tmp_path / 'b.txt.gz', 16, tmp_path, heldout=0.7)
+  assert short.example(0, 0)['tokens'].tolist() == [b + 3 for b in whole[100:109]]      # and not one more
 
 
 def predicted(batches):

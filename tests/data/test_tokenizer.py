@@ -83,7 +83,7 @@ def test_special_tokens_are_parsed_in_text_and_not_decoded(kinds):
   ids = made.encode('<|im_start|>cat<|im_end|>')
   assert ids[0] == 1 and ids[-1] == 2
   assert made.decode(ids) == 'cat'
-  assert made.token_bytes()[2] == b'<|im_end|>'
+  assert made.token_bytes()[2:4] == [b'<|im_end|>', b'<|tool use|>']
 
 
 def test_sentencepiece_control_symbols_have_no_bytes(kinds):
