@@ -90,15 +90,16 @@ def get_config() -> ConfigDict:
   c.arithmetic.operands = 2            # numbers in a problem
   c.arithmetic.ops = ('+',)            # operators to draw from: +, -, *
   c.arithmetic.worked = False          # answers show their intermediate digits
-  c.arithmetic.pad = False             # numbers have leading zeros, so that all problems are equally long
-  c.arithmetic.backwards = False       # results are written from the units, the order they are computed in
+  c.arithmetic.pad = False             # leading zeros: all problems are equally long
+  c.arithmetic.backwards = False       # results are written from the units on, as computed
   c.arithmetic.train = 3072            # problems for RL
   c.arithmetic.demos = 1024            # problems with a demonstration, for SFT
   c.arithmetic.heldout = 512           # problems for evaluation; none of them is in the other two
 
   c.eval = ConfigDict()                # on held-out rows; at both ends of a phase, and
   c.eval.every = 100                   # steps apart
-  c.eval.rows = 512                    # at most this many
+  c.eval.rows = 512                    # RL: at most this many problems; the others read all rows
+  c.eval.reward = ''                   # RL: the one that says what is right; '': the only one
   c.eval.pass_k = 0                    # samples per problem for pass@k; 0: greedy accuracy only
   c.eval.temperature = 1.0             # of these samples
 

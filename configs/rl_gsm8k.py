@@ -54,6 +54,7 @@ def get_config():
   c.rl.graders = 2
 
   c.eval.every = 150
+  c.eval.reward = 'math'
   c.eval.rows = 64
   c.checkpoint.every = 25
   return c

@@ -40,6 +40,7 @@ def get_config():
   c.rl.data.format = 'arithmetic'
 
   c.eval.every = 2
+  c.eval.reward = 'exact'
   c.checkpoint.every = 2
   c.checkpoint.keep = 20
   c.log.samples_every = 2

@@ -207,16 +207,21 @@ class Checkpointer:
       raise explained from error
 
 
-def load_params(path: str | Path, abstract_params: Tree) -> Tree:
-  """Parameters only, placed and cast as abstract_params says. path: see `find`.
+def check_params(path: str | Path, abstract_params: Tree) -> Path:
+  """The step folder that a path means, see `find`; reads no arrays.
 
   Raises:
     ValueError: no checkpoint there, or parameters that are missing, not wanted or misshapen.
   """
   folder = find(path)
   found = {k: v for k, v in read_meta(folder)['leaves'].items() if k.startswith('params/')}
-  wanted = {'params': _placed(abstract_params)}
-  _compare(folder, found, _leaves(wanted), dtypes=False)
+  _compare(folder, found, _leaves({'params': abstract_params}), dtypes=False)
+  return folder
+
+
+def load_params(path: str | Path, abstract_params: Tree) -> Tree:
+  """Parameters only, placed and cast as abstract_params says; see `check_params`."""
+  folder, wanted = check_params(path, abstract_params), {'params': _placed(abstract_params)}
   _quiet()
   with _damaged(folder), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
     how = ocp.checkpoint_utils.construct_restore_args(wanted)

@@ -6,6 +6,7 @@ between.
 
 import ast
 import difflib
+import functools
 import json
 import re
 import traceback
@@ -324,6 +325,14 @@ def reason(config: ConfigDict, key: str) -> str:
 def method_options(rl: Tracked | ConfigDict) -> dict[str, dict[str, Any]]:
   """The options that are set, by method: what `rl.methods.build` takes."""
   return {name: dict(rl[name]) for name in METHODS if rl[name]}
+
+
+def at_least(least: float, config: Tracked, *keys: str) -> None:
+  """Refuses smaller values of some leaves."""
+  for key in keys:
+    value = functools.reduce(lambda block, name: block[name], key.split('.'), config)
+    if value < least:
+      raise ValueError(f'{key} is {value}, wanted at least {least}')
 
 
 def model_config(model: Tracked | ConfigDict, vocab_size: int) -> ModelConfig:

@@ -1,6 +1,7 @@
-"""The model's passes for a run: training forward, scoring without gradient, sampling. N rows, T positions.
+"""The model's passes for a run: training forward, scoring without gradient, sampling.
 
-Sampler and trainer share arrays and code, so there is no weight to copy and nothing to keep in step.
+N rows, T positions. Sampler and trainer share arrays and code, so there is no weight to copy and
+nothing to keep in step.
 """
 
 import functools
@@ -17,11 +18,14 @@ from nn.types import Batch, Output, Want
 from rl import sample
 from rl.types import Rows
 
-BUCKET = 64        # prompts of other contexts are padded to a multiple of this, so that few lengths are compiled
+BUCKET = 64        # prompts of other contexts are padded to a multiple of this: few lengths compile
 
 
 def make_forward(cfg: ModelConfig) -> Callable:
-  """(params, batch, wants) -> ({Want: [n, T, ...] float32}, Output): what a loss and a scoring pass are made of."""
+  """What a loss and a scoring pass are made of.
+
+  (params, batch, wants) -> ({Want: [n, T, ...] float32}, Output).
+  """
 
   def forward(params: Any, batch: Batch, wants: tuple[Want, ...]) -> tuple[dict, Output]:
     output = model.forward(params, cfg, batch.tokens, batch.positions, batch.segments)
@@ -31,7 +35,7 @@ def make_forward(cfg: ModelConfig) -> Callable:
 
 
 def make_decoder(cfg: ModelConfig) -> sample.Decoder:
-  """The model as the sampler sees it, for parameters that went through `nn.model.prepare`: logits and a cache."""
+  """The model as the sampler sees it, for parameters that went through `nn.model.prepare`."""
 
   def prefill(params, tokens, start, length):
     hidden, cache = model.prefill(params, cfg, tokens, start, length)
@@ -45,10 +49,14 @@ def make_decoder(cfg: ModelConfig) -> sample.Decoder:
 
 
 def make_score(cfg: ModelConfig, mesh: jax.sharding.Mesh, rows: int) -> Callable:
-  """score(params, tokens [N, T], end [N], support, data, wants, temperature) -> {Want: numpy [N, T, ...]}.
+  """A pass without gradient.
+
+  score(params, tokens [N, T], end [N], support, data, wants, temperature) -> {Want: numpy
+  [N, T, ...]}.
 
   Args:
-    rows: of one pass; N is worked off in slices of this many, so that memory does not grow with the rollout batch.
+    rows: of one pass; N is worked off in slices of this many, so that memory does not grow with
+      the rollout batch.
   """
   forward = make_forward(cfg)
 
@@ -60,12 +68,13 @@ def make_score(cfg: ModelConfig, mesh: jax.sharding.Mesh, rows: int) -> Callable
     time = np.arange(tokens.shape[1], dtype=np.int32)
     inside = (time < end[:, None]).astype(np.int32)
     whole = Batch(
-        tokens=tokens, positions=time * inside, segments=inside, masks={}, weights={}, coef={}, data=data,
-        temperature=np.float32(temperature), use=np.int32(0), support=support)
+        tokens=tokens, positions=time * inside, segments=inside, masks={}, weights={}, coef={},
+        data=data, temperature=np.float32(temperature), use=np.int32(0), support=support)
     parts = []
     for first in range(0, len(tokens), rows):
-      part = jax.tree.map(lambda x: x if x.ndim == 0 else pad_rows(x[first:first + rows], rows), whole)
-      parts.append(one(params, mesh_lib.put_global(part, mesh), wants))
+      slice_of = lambda x: x if x.ndim == 0 else pad_rows(x[first:first + rows], rows)
+      part = mesh_lib.put_global(jax.tree.map(slice_of, whole), mesh)
+      parts.append(one(params, part, wants))
     parts = mesh_lib.gather(parts)
     return {w: jax.tree.map(lambda *x: np.concatenate(x)[:len(tokens)], *[p[w] for p in parts])
             for w in wants}
@@ -78,45 +87,54 @@ def pad_rows(x: np.ndarray, rows: int) -> np.ndarray:
   return x if len(x) == rows else np.concatenate([x, np.repeat(x[-1:], rows - len(x), axis=0)])
 
 
-def make_sample(cfg: ModelConfig, mesh: jax.sharding.Mesh, max_prompt: int, token_bytes: Any = None) -> Callable:
+def make_sample(cfg: ModelConfig, mesh: jax.sharding.Mesh, max_prompt: int,
+                token_bytes: Any = None) -> Callable:
   """sample(params, prompts, group, sampling, key) -> Rows of numpy, members of a group adjacent.
 
   Rows.group is the index of the prompt; info['stopped'] says which rows ended by themselves.
 
   Args:
-    max_prompt: prompts are padded to this length (longer ones to a multiple of BUCKET), so that one program serves all.
+    max_prompt: prompts are padded to this length (longer ones to a multiple of BUCKET), so that
+      one program serves all.
     token_bytes: rl.sample.TokenBytes, needed where sampling.stop is not empty.
   """
   decoder = make_decoder(cfg)
   prepare = jax.jit(functools.partial(model.prepare, cfg=cfg))
 
-  def rows(params, prompts: list, group: int, sampling: sample.Sampling, key: jax.Array) -> Rows:
+  def rows(params: Any, prompts: list, group: int, sampling: sample.Sampling,
+           key: jax.Array) -> Rows:
     longest = max(len(p) for p in prompts)
     width = max_prompt if longest <= max_prompt else -(-longest // BUCKET) * BUCKET
     if width + sampling.max_tokens > cfg.max_length:
-      raise ValueError(f'prompts of {width} and responses of {sampling.max_tokens} tokens are longer than '
-                       f'model.max_length {cfg.max_length}')
+      raise ValueError(f'prompts of {width} and responses of {sampling.max_tokens} tokens are '
+                       f'longer than model.max_length {cfg.max_length}')
     count = round_up(len(prompts), mesh_lib.batch_ways(mesh))
     tokens = np.zeros((count, width), np.int32)
-    start = np.full(count, width - 1, np.int32)           # rows that only fill up the mesh have a prompt of one token
+    start = np.full(count, width - 1, np.int32)    # rows that only fill up the mesh: one token
     for n, prompt in enumerate(prompts):
       start[n] = width - len(prompt)
       tokens[n, start[n]:] = prompt
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(np.arange(count))
     tokens_on, start_on = mesh_lib.put_global((tokens, start), mesh)
     out = sample.sample(
-        decoder, prepare(params), tokens_on, start_on, keys, group=group, sampling=sampling, token_bytes=token_bytes)
+        decoder, prepare(params), tokens_on, start_on, keys, group=group, sampling=sampling,
+        token_bytes=token_bytes)
     out = jax.tree.map(lambda x: x[:len(prompts) * group], mesh_lib.gather(out))
     begin = np.repeat(width - start[:len(prompts)], group).astype(np.int32)
-    left = shift_left(np.concatenate([np.repeat(tokens[:len(prompts)], group, 0), out.tokens], 1), width - begin)
-    where = np.arange(left.shape[1])
     end = begin + out.length.astype(np.int32)
+    where = np.arange(width + sampling.max_tokens)
     inside = (where >= begin[:, None]) & (where < end[:, None])
-    response = lambda x: shift_left(np.concatenate([np.zeros((len(x), width, *x.shape[2:]), x.dtype), x], 1), width - begin)
-    support = None if out.support is None else np.where(inside[..., None], response(out.support), -1)
+    # From prompts that end at one place to rows that begin at one place.
+    join = lambda before, x: shift_left(np.concatenate([before, x], axis=1), width - begin)
+    behind = lambda x: join(np.zeros((len(x), width, *x.shape[2:]), x.dtype), x)
+    left = join(np.repeat(tokens[:len(prompts)], group, axis=0), out.tokens)
+    support = out.support
+    if support is not None:
+      support = np.where(inside[..., None], behind(support), -1)
     return Rows(
         tokens=np.where(where < end[:, None], left, 0), start=begin, end=end,
-        logp=np.where(inside, response(out.logp), 0), group=np.repeat(np.arange(len(prompts)), group),
+        logp=np.where(inside, behind(out.logp), 0),
+        group=np.repeat(np.arange(len(prompts)), group),
         support=support, info={'stopped': out.stopped})
 
   return rows
@@ -127,6 +145,9 @@ def round_up(n: int, to: int) -> int:
 
 
 def shift_left(x: np.ndarray, by: np.ndarray) -> np.ndarray:
-  """x[n, by[n]:] at the front of every row, [N, T, ...] -> the same shape; what is shifted out comes back at the end."""
+  """x[n, by[n]:] at the front of every row, [N, T, ...] -> the same shape.
+
+  What is shifted out comes back at the end.
+  """
   index = (np.arange(x.shape[1]) + by[:, None]) % x.shape[1]
   return np.take_along_axis(x, index.reshape(index.shape + (1,) * (x.ndim - 2)), axis=1)

@@ -1,7 +1,7 @@
 """One loop for text, pairs and rollouts: collect what needs today's weights, update, remember, log.
 
-A step is a turn of this loop; `step` counts the turns that are done. The metrics of a step are fetched while the next one
-runs, so the device never waits for the host.
+A step is a turn of this loop; `step` counts the turns that are done. The metrics of a step are
+fetched while the next one runs, so the device never waits for the host.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ class Feed(NamedTuple):
   """Where batches come from: text and SFT rows, or rollouts."""
   collect: Callable    # (params, memory, step) -> work: all that needs the weights as they are now
   batches: Callable    # work -> iterator of Batch; each is one optimiser step
-  finish: Callable     # work -> memory: nested dicts of arrays, numbers and strings, all that must be remembered
+  finish: Callable     # work -> memory: nested dicts of arrays, numbers and strings, to be kept
   describe: Callable   # work -> Told
 
 
@@ -34,7 +34,7 @@ class Told(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-  """A part of a run with its own data, terms and optimiser schedule: steps first <= step < last."""
+  """A part of a run with data, terms and schedule of its own: steps first <= step < last."""
   name: str
   kind: str            # pretrain, sft, rl
   first: int
@@ -49,7 +49,7 @@ class Phase:
 
 
 class NonFinite(RuntimeError):
-  """A loss or gradient was not finite; the step was refused and its batch dumped."""
+  """A loss, gradient or parameter was not finite; no checkpoint holds it."""
 
 
 class Stopped(Exception):
@@ -57,12 +57,23 @@ class Stopped(Exception):
 
 
 class StopSignal:
-  """Turns SIGTERM and SIGINT into a question the loop asks between steps. A second signal kills as usual."""
+  """Turns SIGTERM and SIGINT into a question the loop asks between steps, until it is closed.
+
+  A second signal kills as usual.
+  """
 
   def __init__(self):
     self.name = ''
+    self._before = {}
+
+  def __enter__(self):
     for number in (signal.SIGTERM, signal.SIGINT):
-      signal.signal(number, self._remember)
+      self._before[number] = signal.signal(number, self._remember)
+    return self
+
+  def __exit__(self, *exception):
+    for number, handler in self._before.items():
+      signal.signal(number, handler)
 
   def _remember(self, number, frame):
     del frame
@@ -73,9 +84,10 @@ class StopSignal:
 class Hooks(NamedTuple):
   """What the loop may do to the outside world."""
   save: Callable       # (step, phase, state, memory, metrics, wait) -> None
-  due: Callable        # step -> bool: is a checkpoint due
+  finite: Callable     # state -> bool: may it be saved
+  due: Callable        # (step, metrics of an evaluation) -> bool: is a checkpoint due
   log: Callable        # (step, phase, {metric: number}, tokens, seconds) -> None
-  show: Callable       # (step, sample rows) -> None
+  show: Callable       # (step, phase, sample rows) -> None
   warn: Callable       # (step, text) -> None
   dump: Callable       # (step, batch) -> where it was written
   stop: StopSignal
@@ -92,36 +104,44 @@ class Pending(NamedTuple):
   began: float         # of the step, on time.perf_counter's clock
 
 
-def settle(pending: Pending, fetched: list[dict], phase: Phase, hooks: Hooks, seconds: float) -> None:
+def settle(
+    pending: Pending, fetched: list[dict], phase: Phase, hooks: Hooks, seconds: float) -> None:
   """Logs the metrics of a step, and refuses to go on if they are not finite."""
-  values = dict(pending.notes)
+  values = {}
   for name in fetched[0] if fetched else ():
     series = [float(m[name]) for m in fetched]
+    # Later updates of a step train with other weights than those that sampled.
     values[name] = series[0] if name.startswith('parity') else float(np.mean(series))
-  hooks.log(pending.step, phase, values, pending.tokens, seconds)
+  # Notes win: a term may be called like one of them ('entropy').
+  hooks.log(pending.step, phase, values | pending.notes, pending.tokens, seconds)
   for batch, metrics in zip(pending.batches, fetched):
     if metrics['nonfinite']:
-      where = hooks.dump(pending.step, batch)
-      raise NonFinite(
-          f'step {pending.step}: loss {float(metrics["loss"])} or gradient norm {float(metrics["grad_norm"])} is not '
-          f'finite. The step was refused; no checkpoint holds it. Its batch is in {where}')
+      refuse(pending.step, batch, hooks, f'loss {float(metrics["loss"])} or gradient norm '
+             f'{float(metrics["grad_norm"])} is not finite, the update was refused')
 
 
-def train(phase: Phase, state: Any, memory: Any, start: int, hooks: Hooks, fresh: bool) -> tuple[Any, Any]:
+def refuse(step: int, batch: Any, hooks: Hooks, why: str) -> None:
+  """Dumps the batch, says why the run cannot go on, and stops it."""
+  hooks.warn(step, f'{why}; its batch is in {hooks.dump(step, batch)}')
+  raise NonFinite(why)
+
+
+def train(phase: Phase, state: Any, memory: Any, start: int, hooks: Hooks, fresh: bool) -> Any:
   """Runs a phase from step `start` to its end.
 
   Args:
     state: launch.step.TrainState; donated to the train step.
     memory: what the feed and the methods remember.
-    fresh: False if a checkpoint of exactly this step was restored, whose evaluation and saving are done.
+    fresh: False if a checkpoint of this step of this phase was restored, whose evaluation and
+      saving are done.
 
   Returns:
-    state, memory after step phase.last - 1.
+    state after step phase.last - 1.
 
   Raises:
     NonFinite, Stopped: see there.
   """
-  pending = None
+  pending, used = None, []
 
   def settled(until=None):
     nonlocal pending
@@ -133,13 +153,15 @@ def train(phase: Phase, state: Any, memory: Any, start: int, hooks: Hooks, fresh
   for step in range(start, phase.last + 1):
     metrics = {}
     if fresh or step > start:
-      if phase.evaluate and (step in (phase.first, phase.last) or (step - phase.first) % phase.evaluate_every == 0):
+      if phase.evaluate and is_evaluated(phase, step):
         settled()
         metrics = phase.evaluate(state.params, step)
         hooks.log(step, phase, metrics, 0, 0.0)
       stopping = hooks.agree(bool(hooks.stop.name))
-      if step > start and (stopping or hooks.due(step) or step == phase.last):
+      if step > start and (stopping or hooks.due(step, metrics) or step == phase.last):
         settled()
+        if not hooks.finite(state):
+          refuse(step, used[-1], hooks, 'parameters or moments are not finite after the update')
         hooks.save(step, phase, state, memory, metrics, stopping)
       if stopping:
         raise Stopped(hooks.stop.name)
@@ -148,8 +170,9 @@ def train(phase: Phase, state: Any, memory: Any, start: int, hooks: Hooks, fresh
     began = time.perf_counter()
     work = phase.feed.collect(state.params, memory, step)
     used, results = [], []
+    rate = phase.rate(step - phase.first)
     for batch in phase.feed.batches(work):
-      state, result = phase.train_step(state, batch, np.float32(phase.rate(step - phase.first)))
+      state, result = phase.train_step(state, batch, np.float32(rate))
       used.append(batch)
       results.append(result)
       if phase.refused(state.opt_state):
@@ -157,19 +180,23 @@ def train(phase: Phase, state: Any, memory: Any, start: int, hooks: Hooks, fresh
     memory = phase.feed.finish(work)
     settled(began)
     told = phase.feed.describe(work)
-    notes = told.notes | {'learning_rate': phase.rate(step - phase.first)}
+    notes = told.notes | {'learning_rate': rate}
     pending = Pending(step + 1, used, results, notes, told.tokens, began)
     if told.samples:
-      hooks.show(step + 1, told.samples)
+      hooks.show(step + 1, phase, told.samples)
     if told.warning:
       hooks.warn(step + 1, told.warning)
   settled()
-  return state, memory
+  return state
+
+
+def is_evaluated(phase: Phase, step: int) -> bool:
+  """At both ends of the phase, and evaluate_every steps apart."""
+  return step in (phase.first, phase.last) or (step - phase.first) % phase.evaluate_every == 0
 
 
 def dump_batch(path: str, batch: Any) -> str:
-  """Writes a batch as .npz, for a post-mortem; returns the path."""
-  leaves = param.flat({f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)
-                       if getattr(batch, f.name) is not None})
-  np.savez(path, **{k: np.asarray(x) for k, x in leaves.items() if x is not None})
+  """Writes a batch of numpy arrays as .npz, for a post-mortem; returns the path."""
+  leaves = param.flat({f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)})
+  np.savez(path, **{name: np.asarray(x) for name, x in leaves.items() if x is not None})
   return path

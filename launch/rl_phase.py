@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from launch import engine as engine_lib
 from launch import mesh as mesh_lib
 from launch import rollout
 from launch.loop import Feed, Told
@@ -19,6 +18,8 @@ from nn.types import LOGP
 from rl import sample
 from rl.rewards import pool
 from rl.types import POLICY, SAMPLER, Method, Record, Rows, Term, View
+
+SHOWN = 4                  # of the best and of the worst samples of a step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +37,10 @@ class Settings:
 
 
 def parity_term() -> Term:
-  """Measures |trainer's - sampler's log-probability| in nats on the training forward; adds nothing to the loss."""
+  """Measures |trainer's - sampler's log-probability| in nats on the training forward.
 
+  It adds nothing to the loss.
+  """
   def value(view: View):
     gap = jax.lax.stop_gradient(abs(view.given[LOGP] - view.given[SAMPLER]))
     return gap, {}
@@ -54,7 +57,8 @@ def make_task(take: Callable, tokenizer: Any, grader: Any, settings: Settings) -
   """Prompts from a reader, responses from the engine, rewards from the grader.
 
   Args:
-    take: (cursor, number) -> tuple of prompts, dicts with 'tokens', 'prompt' and the fields of the data row.
+    take: (cursor, number) -> tuple of prompts, dicts with 'tokens', 'prompt' and the fields of
+      the data row.
   """
 
   def ask(record: Record) -> Record:
@@ -65,14 +69,16 @@ def make_task(take: Callable, tokenizer: Any, grader: Any, settings: Settings) -
   def answer(record: Record, engine: rollout.Engine, key: jax.Array) -> Record:
     clock = time.perf_counter()
     group = record.sampling.get('group', settings.group)
-    rows = engine.sample(POLICY, [p['tokens'] for p in record.prompts], group, record.sampling, key)
+    prompts = [p['tokens'] for p in record.prompts]
+    rows = engine.sample(POLICY, prompts, group, record.sampling, key)
     sampled = time.perf_counter()
     first = record.state['prompts']['cursor'] - settings.prompts
-    rows = dataclasses.replace(rows, group=first + rows.group, info=rows.info | {'prompt': rows.group})
+    rows = dataclasses.replace(
+        rows, group=first + rows.group, info=rows.info | {'prompt': rows.group})
     reward, report = grade(grader, tokenizer, record.prompts, rows)
     reward = pool.weigh(reward, settings.weights)
-    time_axis = np.arange(rows.tokens.shape[1])
-    train = (time_axis >= rows.start[:, None]) & (time_axis < rows.end[:, None])
+    where = np.arange(rows.tokens.shape[1])
+    train = (where >= rows.start[:, None]) & (where < rows.end[:, None])
     notes = record.notes | report | {
         'time/sample': sampled - clock, 'time/grade': time.perf_counter() - sampled}
     return dataclasses.replace(
@@ -81,38 +87,45 @@ def make_task(take: Callable, tokenizer: Any, grader: Any, settings: Settings) -
   return rollout.Task(ask, answer)
 
 
-def response_text(tokenizer: Any, rows: Any, n: int) -> str:
+def prompt_text(tokenizer: Any, rows: Rows, n: int) -> str:
+  return tokenizer.decode(rows.tokens[n, :rows.start[n]].tolist())
+
+
+def response_text(tokenizer: Any, rows: Rows, n: int) -> str:
   """The sampled text of row n, without the end-of-text token."""
-  ids = [i for i in rows.tokens[n, rows.start[n]:rows.end[n]].tolist() if i != tokenizer.eos_id]
-  return tokenizer.decode(ids)
+  ids = rows.tokens[n, rows.start[n]:rows.end[n]].tolist()
+  return tokenizer.decode([i for i in ids if i != tokenizer.eos_id])
 
 
-def grade(grader: Any, tokenizer: Any, prompts: tuple, rows: Any) -> tuple[dict, dict]:
-  """Rewards of all rows, each graded on the process it belongs to: ({name: [N]}, {'verifier_errors', 'verifier_timeouts', 'first_error'})."""
+def grade(grader: Any, tokenizer: Any, prompts: tuple, rows: Rows) -> tuple[dict, dict]:
+  """Rewards of all rows, each graded on the process it belongs to.
+
+  Returns:
+    {name: [N]}, and {'verifier_errors', 'verifier_timeouts': over all processes, 'first_error':
+    of this one, '' without any}.
+  """
   mine = range(jax.process_index(), len(rows.start), jax.process_count())
-  items = [(prompts[rows.info['prompt'][n]]['prompt'], response_text(tokenizer, rows, n),
-            prompts[rows.info['prompt'][n]]) for n in mine]
-  reward, report = grader.grade(items)
+  own = [prompts[rows.info['prompt'][n]] for n in mine]
+  reward, report = grader.grade(
+      [(row['prompt'], response_text(tokenizer, rows, n), row) for n, row in zip(mine, own)])
   everywhere = {}
   for name, values in reward.items():
-    spread = np.zeros(len(rows.start))
-    spread[list(mine)] = values
-    everywhere[name] = spread
+    everywhere[name] = np.zeros(len(rows.start))
+    everywhere[name][list(mine)] = values
   counts = {f'verifier_{k}': float(report[k]) for k in ('errors', 'timeouts')}
-  counts = mesh_lib.sum_over_processes(counts)
-  return mesh_lib.sum_over_processes(everywhere), counts | {'first_error': report['first_error']}
+  everywhere, counts = mesh_lib.sum_over_processes((everywhere, counts))
+  return everywhere, counts | {'first_error': report['first_error']}
 
 
-def make_feed(method: Method, task: rollout.Task, make_engine: Callable, settings: Settings, place: Callable,
-              decode: Callable, show: Callable, reads: Callable) -> Feed:
+def make_feed(method: Method, task: rollout.Task, make_engine: Callable, settings: Settings,
+              place: Callable, tokenizer: Any, show: Callable, key_of: Callable) -> Feed:
   """Rollouts as a source of batches.
 
   Args:
     make_engine: params -> rollout.Engine.
     place: Batch of numpy -> Batch on the devices.
-    decode: (rows, n) -> text of the response.
     show: step -> bool: are samples of this step to be kept.
-    reads: step -> key of the step.
+    key_of: step -> key of the step.
   """
   num_rows = settings.prompts * settings.group
   empty = [0]
@@ -120,55 +133,88 @@ def make_feed(method: Method, task: rollout.Task, make_engine: Callable, setting
   def collect(params, memory, step):
     clock = time.perf_counter()
     sampling = dataclasses.asdict(settings.sampling) | {'group': settings.group}
-    record = Record(step, memory, sampling)
     record = rollout.collect(
-        method, make_engine(params), task, record, num_rows, reads(step), settings.refills,
-        once=settings.parts * settings.uses == 1)
+        method, make_engine(params), task, Record(step, memory, sampling), num_rows, key_of(step),
+        settings.refills, once=settings.parts * settings.uses == 1)
     empty[0] = 0 if len(record.rows.start) else empty[0] + 1
     if empty[0] >= settings.max_empty:
       raise ValueError(
-          f'every sample was filtered away in {empty[0]} steps running (after {settings.refills} refills each): no prompt '
-          'has both good and bad answers. Look at samples.jsonl; easier prompts, a shaped reward or no filter may help')
-    return dataclasses.replace(record, notes=record.notes | {'time/collect': time.perf_counter() - clock})
+          f'every sample was filtered away in {empty[0]} steps running (after {settings.refills} '
+          'refills each): no prompt has both good and bad answers. Look at samples.jsonl; easier '
+          'prompts, a shaped reward or no filter may help')
+    notes = record.notes | {'time/collect': time.perf_counter() - clock}
+    return dataclasses.replace(record, notes=notes)
 
   def batches(record):
     if len(record.rows.start):
-      for batch in rollout.minibatches(method, record, settings.parts, settings.uses, settings.seed):
+      for batch in rollout.minibatches(
+          method, record, settings.parts, settings.uses, settings.seed):
         yield place(batch)
 
   def finish(record):
-    return rollout.run(method, record, None, reads(record.step), 'after').state
+    return rollout.run(method, record, None, key_of(record.step), 'after').state
 
   def describe(record):
-    rows, num = record.rows, len(record.rows.start)
-    if not num:
-      return Told(numbers(record.notes), 0, warning='every sample was filtered away: no update')
-    real = record.masks['train'].any(1)
-    length = (rows.end - rows.start)[real]
-    logp = (rows.logp * record.masks['train']).sum() / max(record.masks['train'].sum(), 1)
-    total = np.nansum(np.stack(list(record.reward.values())), 0)
-    metrics = {
-        'reward': total[real].mean(), 'response_length': length.mean(), 'truncated': 1 - rows.info['stopped'][real].mean(),
-        'entropy': -logp, 'advantage_abs': np.abs(record.advantage[real]).mean() if record.advantage is not None else 0.0}
-    metrics |= {f'reward/{k}': np.nanmean(v[real]) for k, v in record.reward.items() if np.isfinite(v[real]).any()}
-    metrics = numbers(metrics | record.notes | rollout.parity(record))
-    tokens, missing = int(rows.end[real].sum()), record.notes['rows_missing']
-    warnings = [record.notes['first_error']] * bool(record.notes['first_error'])
-    warnings += [f'{missing} of {num_rows} rows are missing after {settings.refills} refills'] * bool(missing)
-    if not show(record.step + 1):
-      return Told(metrics, tokens, warning='; '.join(warnings))
-    order = np.argsort(total + np.where(real, 0, np.inf), kind='stable')[:int(real.sum())]
-    picked = dict.fromkeys([*order[:4].tolist(), *order[-4:].tolist()])
-    samples = [{'prompt': decode(dataclasses.replace(rows, start=0 * rows.start, end=rows.start), n),
-                'response': decode(rows, n), 'reward': float(total[n]), 'group': int(rows.group[n]),
-                'stopped': bool(rows.info['stopped'][n])} for n in picked]
-    return Told(metrics, tokens, samples, '; '.join(warnings))
+    warning = '; '.join(warnings(record, settings.refills))
+    if not len(record.rows.start):
+      return Told(numbers(record.notes), 0, warning=warning)
+    samples = samples_of(record, tokenizer) if show(record.step + 1) else ()
+    return Told(metrics_of(record), int(record.rows.end[real(record)].sum()), samples, warning)
 
   return Feed(collect, batches, finish, describe)
 
 
+def real(record: Record) -> np.ndarray:
+  """Which rows are samples, and not there to fill up the batch: [N] bool."""
+  return record.masks['train'].any(axis=1)
+
+
+def total(record: Record) -> np.ndarray:
+  """Sum of every row's reward components: [N]."""
+  return np.nansum(np.stack(list(record.reward.values())), axis=0)
+
+
 def numbers(notes: dict) -> dict[str, float]:
-  return {k: float(v) for k, v in notes.items() if not isinstance(v, str)}
+  return {name: float(x) for name, x in notes.items() if not isinstance(x, str)}
+
+
+def warnings(record: Record, refills: int) -> list[str]:
+  """What a person should know about this step."""
+  notes, found = record.notes, []
+  if failed := notes['verifier_errors'] + notes['verifier_timeouts']:
+    first = notes['first_error'] or 'the first was met by another process'
+    found.append(f'{failed:.0f} rewards could not be computed and count 0: {first}')
+  if not len(record.rows.start):
+    found.append('every sample was filtered away: no update')
+  elif missing := notes['rows_missing']:
+    found.append(f'{missing} of {len(record.rows.start)} rows are missing after {refills} refills')
+  return found
+
+
+def metrics_of(record: Record) -> dict[str, float]:
+  """What is known of a rollout batch on the host."""
+  rows, some, train = record.rows, real(record), record.masks['train']
+  reward = {name: r[some] for name, r in record.reward.items()}
+  found = {
+      'reward': total(record)[some].mean(),
+      'response_length': (rows.end - rows.start)[some].mean(),
+      'truncated': 1 - rows.info['stopped'][some].mean(),
+      'entropy': -(rows.logp * train).sum() / max(train.sum(), 1)}
+  if record.advantage is not None:
+    found['advantage_abs'] = np.abs(record.advantage * train).sum() / max(train.sum(), 1)
+  found |= {f'reward/{k}': np.nanmean(r) for k, r in reward.items() if np.isfinite(r).any()}
+  return numbers(found | record.notes | rollout.parity(record))
+
+
+def samples_of(record: Record, tokenizer: Any) -> list[dict]:
+  """The worst and the best rows of a step, as people read them."""
+  rows, reward = record.rows, total(record)
+  some = np.flatnonzero(real(record))
+  order = some[np.argsort(reward[some], kind='stable')].tolist()
+  return [{'prompt': prompt_text(tokenizer, rows, n), 'response': response_text(tokenizer, rows, n),
+           'reward': float(reward[n]), 'group': int(rows.group[n]),
+           'stopped': bool(rows.info['stopped'][n])}
+          for n in dict.fromkeys([*order[:SHOWN], *order[-SHOWN:]])]
 
 
 def first_rows(rows: Rows, n: int) -> Rows:
@@ -178,8 +224,9 @@ def first_rows(rows: Rows, n: int) -> Rows:
               info={'prompt': cut('group'), 'stopped': rows.info['stopped'][:n]})
 
 
-def make_evaluate(draw: Callable, grader: Any, tokenizer: Any, problems: tuple, rows_at_once: int, greedy: sample.Sampling,
-                  random: sample.Sampling | None, tries: int, reward: str, key: jax.Array) -> Callable:
+def make_evaluate(draw: Callable, grader: Any, tokenizer: Any, problems: tuple, rows_at_once: int,
+                  greedy: sample.Sampling, random: sample.Sampling | None, tries: int, reward: str,
+                  key: jax.Array) -> Callable:
   """Held-out accuracy, greedy and as pass@k; its own keys, so that training does not notice.
 
   Args:
@@ -191,27 +238,32 @@ def make_evaluate(draw: Callable, grader: Any, tokenizer: Any, problems: tuple, 
   """
 
   def solved(params, group, sampling, key):
-    right, length, stop = [], [], []
+    right, length, stopped, failed = [], [], [], 0.0
     at_once = max(1, rows_at_once // group)
     for first in range(0, len(problems), at_once):
       some = problems[first:first + at_once]
       padded = [p['tokens'] for p in (*some, *[some[-1]] * (at_once - len(some)))]
       rows = draw(params, padded, group, sampling, jax.random.fold_in(key, first))
       rows = first_rows(rows, len(some) * group)
-      values, _ = grade(grader, tokenizer, some, rows)
+      values, report = grade(grader, tokenizer, some, rows)
       right.append((values[reward] >= 1).reshape(-1, group))
       length.append(rows.end - rows.start)
-      stop.append(rows.info['stopped'])
-    return np.concatenate(right), np.concatenate(length), np.concatenate(stop)
+      stopped.append(rows.info['stopped'])
+      failed += report['verifier_errors'] + report['verifier_timeouts']
+    join = np.concatenate
+    return join(right), join(length).mean(), 1 - join(stopped).mean(), failed
 
   def evaluate(params, step):
     del step
-    right, length, stopped = solved(params, 1, greedy, key)
-    metrics = {'eval/accuracy': right.mean(), 'eval/problems': len(right), 'eval/response_length': length.mean(),
-               'eval/truncated': 1 - stopped.mean()}
-    if random is not None and tries > 1:
-      right, _, _ = solved(params, tries, random, jax.random.fold_in(key, 1 << 20))
+    right, length, truncated, failed = solved(params, 1, greedy, key)
+    metrics = {'eval/accuracy': right.mean(), 'eval/problems': len(right),
+               'eval/response_length': length, 'eval/truncated': truncated}
+    if random is not None:
+      right, _, _, more = solved(params, tries, random, jax.random.fold_in(key, 1 << 20))
       metrics |= {f'eval/pass@{tries}': right.any(1).mean(), f'eval/mean@{tries}': right.mean()}
-    return {k: float(v) for k, v in metrics.items()}
+      failed += more
+    if failed:
+      metrics['eval/verifier_errors'] = failed
+    return {name: float(x) for name, x in metrics.items()}
 
   return evaluate

@@ -127,12 +127,14 @@ def take(record: Record, index: np.ndarray) -> Record:
 
 
 def join(a: Record | None, b: Record) -> Record:
-  """Rows of both, with the state, prompts and notes of the later one; counts in notes add up."""
+  """Rows of both, with the state and prompts of the later one; counts in notes add up, the first text stays."""
   if a is None:
     return b
   both = lambda x, y: jax.tree.map(lambda u, v: np.concatenate([u, v]), x, y)
   rows = Rows(**{f.name: both(getattr(a.rows, f.name), getattr(b.rows, f.name)) for f in dataclasses.fields(Rows)})
-  notes = {k: a.notes[k] + b.notes[k] if k in a.notes and k in b.notes else v for k, v in (a.notes | b.notes).items()}
+  add = lambda x, y: x or y if isinstance(x, str) else x + y
+  twice = a.notes.keys() & b.notes.keys()
+  notes = a.notes | b.notes | {name: add(a.notes[name], b.notes[name]) for name in twice}
   return dataclasses.replace(b, rows=rows, masks=both(a.masks, b.masks), reward=both(a.reward, b.reward), notes=notes)
 
 

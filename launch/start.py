@@ -1,7 +1,10 @@
-"""How a run begins, is resumed, tells about itself and ends: what `launch/train.py` needs around the loop."""
+"""How a run begins, is resumed, tells about itself and ends: what launch/train.py needs around the
+loop.
+"""
 
+import dataclasses
 import json
-from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,47 +18,116 @@ from launch import mesh as mesh_lib
 from launch import report as report_lib
 from launch import step as step_lib
 from launch.phases import Built, Run
-from nn import model, param
+from nn import param
 
 
-def check_workdir(checkpoints: checkpoint.Checkpointer, config: Any, allow_change: bool) -> int | None:
-  """The step to go on from, None for a new run. Refuses a workdir of another run."""
-  step = checkpoints.latest()
-  if step is None:
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """What the config says of the run as a whole; read before the first file is written."""
+  init: str                # checkpoint whose parameters the run begins with; '': none
+  report: bool
+  save_every: int
+  keep: int
+  best_metric: str
+  best_mode: str
+  log_every: int
+  tensorboard: bool
+  wandb: str
+
+
+def read_settings(config: Any) -> Settings:
+  """The settings, checked."""
+  config_lib.at_least(1, config, 'checkpoint.every', 'checkpoint.keep', 'log.every')
+  c, log = config.checkpoint, config.log
+  return Settings(
+      init=config.init, report=config.report, save_every=c.every, keep=c.keep,
+      best_metric=c.best_metric, best_mode=c.best_mode, log_every=log.every,
+      tensorboard=log.tensorboard, wandb=log.wandb)
+
+
+def find_saved(workdir: Path, config: Any, plan: list[tuple[str, int, int]],
+               allow_change: bool) -> dict | None:
+  """The meta data of the checkpoint to go on from, None for a new run; writes nothing.
+
+  Args:
+    plan: launch.phases.plan's.
+    allow_change: go on although the config has changed.
+
+  Raises:
+    ValueError: the workdir holds a run that this one is not.
+  """
+  folder = workdir / checkpoint.FOLDER
+  if not (steps := checkpoint.whole_steps(folder)):
     return None
-  meta = checkpoints.meta(step)
-  if tuple(meta['phases']) != tuple(config.phases):
-    raise ValueError(f'the workdir holds a run of phases {tuple(meta["phases"])}, this one has {tuple(config.phases)}; '
-                     'take another workdir')
+  saved = checkpoint.read_meta(folder / str(steps[-1]))
+  if tuple(saved['phases']) != tuple(config.phases):
+    raise ValueError(f'{workdir} holds a run of phases {tuple(saved["phases"])}, this one has '
+                     f'{tuple(config.phases)}; take another workdir')
   if not allow_change:
-    config_lib.check_resume(json.dumps(meta['config']), config)
-  return step
+    config_lib.check_resume(json.dumps(saved['config']), config)
+  name, step = saved['phase'], saved['step']
+  first, last = next((first, last) for n, first, last in plan if n == name)
+  if first != saved['first']:
+    raise ValueError(f'{workdir} is in phase {name}, which began at step {saved["first"]} and with '
+                     f'this config would begin at {first}; phases that are done keep their steps')
+  if step > last:
+    raise ValueError(f'{workdir} has done {step - first} steps of phase {name}, more than '
+                     f'{name}.steps {last - first}')
+  return saved
 
 
-def begin(run: Run, built: list[Built], checkpoints: checkpoint.Checkpointer, resumed: int | None,
-          init: str) -> tuple[step_lib.TrainState, dict, int]:
-  """(state, {phase: memory}, step) of a new run, or of the checkpoint of step `resumed`."""
-  memory = {b.phase.name: b.memory for b in built}
-  if resumed is None:
-    first = built[0]
-    if init:
-      params = checkpoint.load_params(init, param.abstract(run.specs, run.shardings))
-    else:
-      params = jax.jit(lambda key: param.init(key, run.specs), out_shardings=run.shardings)(run.key_of('init'))
-    return fresh_state(run, first, params, 0), memory, 0
-  meta = checkpoints.meta(resumed)
-  owner = next(b for b in built if b.phase.name == meta['phase'])
-  for b in built:
-    if b.phase.name in meta['contracts']:
-      b.check(meta['contracts'][b.phase.name])
-  state = checkpoints.restore(resumed, abstract_state(run, owner))
-  return state, memory | checkpoints.memory(resumed), resumed
+def check(run: Run, built: list[Built], settings: Settings, saved: dict | None,
+          allow_change: bool) -> list[str]:
+  """Refuses phases that do not fit each other, the settings or the checkpoint.
+
+  Returns:
+    Differences from the saved run's data that were allowed.
+  """
+  if settings.best_mode not in ('max', 'min'):
+    raise ValueError(f'checkpoint.best_mode is {settings.best_mode!r}, wanted max or min')
+  measured = sorted({name for b in built for name in b.measures})
+  if settings.best_metric and settings.best_metric not in measured:
+    raise ValueError(f'checkpoint.best_metric is {settings.best_metric!r}; the evaluations of this '
+                     f'run measure {measured}')
+  if settings.init:
+    checkpoint.check_params(settings.init, param.abstract(run.specs))
+  kind = lambda b: jax.tree.structure(abstract_state(run, b).opt_state)
+  for before, b in zip(built, built[1:]):
+    if not b.reset_optimizer and kind(before) != kind(b):
+      raise ValueError(
+          f'{b.phase.name}: the optimiser of the phase before keeps another kind of state; set '
+          f'{b.phase.name}.reset_optimizer=true')
+  changes = []
+  for b in built if saved else ():
+    try:
+      b.check(saved['contracts'][b.phase.name])
+    except ValueError as error:
+      if not allow_change:
+        raise
+      changes.append(f'{b.phase.name}: {error}')
+  return changes
+
+
+def begin(run: Run, built: list[Built], checkpoints: checkpoint.Checkpointer, init: str,
+          saved: dict | None) -> tuple[step_lib.TrainState, int]:
+  """(state, step) of a new run, still without an optimiser, or of the checkpoint."""
+  if saved:
+    owner = next(b for b in built if b.phase.name == saved['phase'])
+    return checkpoints.restore(saved['step'], abstract_state(run, owner)), saved['step']
+  if init:
+    params = checkpoint.load_params(init, param.abstract(run.specs, run.shardings))
+  else:
+    make = jax.jit(lambda key: param.init(key, run.specs), out_shardings=run.shardings)
+    params = make(run.key_of('init'))
+  return step_lib.TrainState(0, params, None), 0
 
 
 def fresh_state(run: Run, built: Built, params: Any, updates: Any) -> step_lib.TrainState:
   """The parameters with an optimiser that has seen nothing."""
-  start = jax.jit(lambda p: built.tx.init(param.split(p, run.specs)[0]), out_shardings=built.state_shardings.opt_state)
-  return step_lib.TrainState(jax.device_put(jnp.int32(updates), run.replicated), params, start(params))
+  make = jax.jit(lambda p: built.tx.init(param.split(p, run.specs)[0]),
+                 out_shardings=built.state_shardings.opt_state)
+  count = jax.device_put(np.int32(updates), run.replicated)
+  return step_lib.TrainState(count, params, make(params))
 
 
 def abstract_state(run: Run, built: Built) -> step_lib.TrainState:
@@ -63,25 +135,32 @@ def abstract_state(run: Run, built: Built) -> step_lib.TrainState:
   params = param.abstract(run.specs)
   opt_state = jax.eval_shape(built.tx.init, param.split(params, run.specs)[0])
   plain = step_lib.TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, opt_state)
-  return jax.tree.map(
-      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), plain, built.state_shardings)
+  place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+  return jax.tree.map(place, plain, built.state_shardings)
 
 
-def enter(run: Run, built: Built, state: step_lib.TrainState, memory: dict, step: int,
-          resumed: int | None) -> tuple[step_lib.TrainState, dict]:
-  """Makes state and readers those of a phase that begins, or goes on in the middle."""
-  phase = built.phase
-  if step == resumed and step > phase.first:
-    built.restore(memory[phase.name])
-  elif phase.first > 0:
-    wanted = jax.tree.structure(jax.eval_shape(built.tx.init, param.split(state.params, run.specs)[0]))
-    if built.reset_optimizer:
-      state = fresh_state(run, built, state.params, state.updates)
-    elif jax.tree.structure(state.opt_state) != wanted:
-      raise ValueError(f'{phase.name}: the optimiser of the phase before keeps another kind of state; set '
-                       f'{phase.name}.reset_optimizer=true')
-  built.enter(state.params)
-  return state, memory
+def enter(run: Run, built: Built, state: step_lib.TrainState, memory: dict | None,
+          changed: bool) -> tuple[step_lib.TrainState, dict]:
+  """State and memory of a phase that begins (memory None), or goes on where the memory was made.
+
+  Args:
+    changed: the data are not those of the saved run, so that readers cannot go on.
+  """
+  begins = memory is None
+  if begins and (built.reset_optimizer or state.opt_state is None):
+    state = fresh_state(run, built, state.params, state.updates)
+  if not (begins or changed):
+    built.restore(memory)
+  if not finite(state):
+    raise ValueError(f'{built.phase.name}: the parameters to begin with are not finite')
+  built.enter(state.params, begins)
+  return state, built.memory | (memory or {})
+
+
+@jax.jit
+def finite(state: step_lib.TrainState) -> jax.Array:
+  """Whether parameters and moments are all finite: [] bool."""
+  return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(state)]))
 
 
 def write_config(run: Run, config: Any) -> None:
@@ -91,37 +170,49 @@ def write_config(run: Run, config: Any) -> None:
     (run.workdir / 'config.json').write_text(config_lib.to_json(config) + '\n')
 
 
-def open_log(run: Run, built: list[Built], resumed: int | None) -> metrics.Logger:
+def open_log(run: Run, built: list[Built], settings: Settings, saved: dict | None,
+             changes: list[str]) -> metrics.Logger:
   """The run's log, with what the run is printed at its head."""
-  c = run.config.log
+  step = saved['step'] if saved else 0
   log = metrics.Logger(
-      run.workdir, total_steps=built[-1].phase.last, resumed=resumed or 0, tensorboard=c.tensorboard, wandb=c.wandb,
+      run.workdir, total_steps=built[-1].phase.last, resumed=step,
+      tensorboard=settings.tensorboard, wandb=settings.wandb,
       phase_ends={b.phase.name: b.phase.last for b in built})
-  log.summary(describe(run, built, resumed))
+  log.summary(describe(run, built, saved))
+  for change in changes:
+    log.warn(step, f'allowed: {change}')
   for b in built:
-    for what, (rows, first) in b.report().items():
-      log.warn(resumed or 0, f'{b.phase.name}: {what}: {rows}; first: {first}')
+    warn_of_rows(log, b, step)
   return log
 
 
-def describe(run: Run, built: list[Built], resumed: int | None) -> list[tuple[str, str]]:
+def warn_of_rows(log: metrics.Logger, built: Built, step: int) -> None:
+  """Says which rows of a phase's data were left out or cut; text phases know it at their end."""
+  for fault, (rows, first) in built.left_out().items():
+    log.warn(step, f'{built.phase.name}: {rows} rows {fault}; the first: {first}')
+
+
+def describe(run: Run, built: list[Built], saved: dict | None) -> list[tuple[str, str]]:
   """The start-up summary: (name, value) lines."""
   devices = jax.devices()
-  rules = dict(run.cfg.rules)
-  held = param.bytes_per_device(run.specs, run.mesh, rules)
+  held = param.bytes_per_device(run.specs, run.mesh, dict(run.cfg.rules))
   moments = max(opt_bytes(run, b) for b in built)
-  mesh = ' x '.join(f'{axis} {size}' for axis, size in run.mesh.shape.items() if size > 1) or 'one device'
-  lines = [
-      ('devices', f'{len(devices)} x {devices[0].device_kind}, {jax.process_count()} process(es)'), ('mesh', mesh),
-      ('model', f'{param.count(run.specs):,} parameters, {len(run.cfg.layers)} layers, compute in {run.cfg.dtype}'),
+  sizes = [f'{axis} {size}' for axis, size in run.mesh.shape.items() if size > 1]
+  kind = run.cfg.attention
+  if kind == 'auto':
+    chosen = {attention.choose(jax.default_backend(), b.length, run.cfg.head_dim) for b in built}
+    kind = f'auto: {", ".join(sorted(chosen))}'
+  resumed = f', resumed at step {saved["step"]}' if saved else ''
+  return [
+      ('devices', f'{len(devices)} x {devices[0].device_kind}, {jax.process_count()} process(es)'),
+      ('mesh', ' x '.join(sizes) or 'one device'),
+      ('model', f'{param.count(run.specs):,} parameters, {len(run.cfg.layers)} layers, '
+                f'compute in {run.cfg.dtype}'),
       ('bytes per device', f'{held:,} parameters + {moments:,} optimiser + {held:,} gradients'),
-      ('attention', run.cfg.attention if run.cfg.attention != 'auto' else
-       f'auto: {attention.choose(jax.default_backend(), built[-1].length, run.cfg.head_dim)}')]
-  for b in built:
-    p = b.phase
-    lines.append((p.name, f'steps {p.first} to {p.last}, up to {b.tokens:,} tokens a step'))
-  lines.append(('workdir', f'{run.workdir}' + (f', resumed at step {resumed}' if resumed is not None else '')))
-  return lines
+      ('attention', kind),
+      *((b.phase.name, f'steps {b.phase.first} to {b.phase.last}, up to {b.tokens:,} tokens a step')
+        for b in built),
+      ('workdir', f'{run.workdir}{resumed}')]
 
 
 def opt_bytes(run: Run, built: Built) -> int:
@@ -131,36 +222,43 @@ def opt_bytes(run: Run, built: Built) -> int:
              for x in jax.tree.leaves(state))
 
 
-def make_hooks(run: Run, built: list[Built], checkpoints: checkpoint.Checkpointer, log: metrics.Logger,
-               config: Any) -> Callable:
-  """hooks(phase, memory of all phases) -> loop.Hooks."""
-  stop = loop.StopSignal()
-  every, log_every = run.config.checkpoint.every, run.config.log.every
+def make_hooks(run: Run, built: list[Built], settings: Settings,
+               checkpoints: checkpoint.Checkpointer, log: metrics.Logger, stop: loop.StopSignal,
+               config: Any) -> loop.Hooks:
+  """What the loop may do, tied to this run's files."""
   base = {'phases': list(config.phases), 'config': json.loads(config_lib.to_json(config)),
           'contracts': {b.phase.name: b.contract for b in built}}
   peak = metrics.peak_flops(jax.devices())
 
-  def hooks(b: Built, memory: dict) -> loop.Hooks:
-    def save(step, phase, state, now, values, wait):
-      checkpoints.save(step, state, memory | {phase.name: now}, base | {'phase': phase.name}, metrics=values, wait=wait)
+  def save(step, phase, state, memory, values, wait):
+    meta = base | {'phase': phase.name, 'first': phase.first}
+    checkpoints.save(step, state, memory, meta, metrics=values, wait=wait)
 
-    def write(step, phase, values, tokens, seconds):
-      if seconds:
-        values = values | {'tokens_per_second': tokens / seconds, 'seconds': seconds}
-        if peak:
-          values |= {'mfu': tokens / seconds * phase.flops_per_token / peak}
-      if not seconds or (step - phase.first) % log_every == 0 or step == phase.last:
-        log.log(step, values, phase=phase.name)
+  def due(step, values):
+    return step % settings.save_every == 0 or settings.best_metric in values
 
-    def dump(step, batch):
-      return loop.dump_batch(str(run.workdir / f'bad_batch_{step}_process_{jax.process_index()}.npz'), batch)
+  def write(step, phase, values, tokens, seconds):
+    checkpoints.check()
+    if seconds:
+      values = values | {'tokens_per_second': tokens / seconds, 'seconds': seconds}
+      if peak:
+        values['mfu'] = tokens / seconds * phase.flops_per_token / peak
+      if (step - phase.first) % settings.log_every and step != phase.last:
+        return
+    log.log(step, values, phase=phase.name)
 
-    return loop.Hooks(
-        save=save, due=lambda step: step % every == 0, log=write, warn=log.warn,
-        show=lambda step, rows: log.samples(step, rows, phase=b.phase.name), dump=dump, stop=stop,
-        agree=lambda flag: flag if jax.process_count() == 1 else bool(mesh_lib.sum_over_processes(np.float64(flag)) > 0))
+  def dump(step, batch):
+    path = run.workdir / f'bad_batch_{step}.npz'
+    batch = mesh_lib.gather(batch)
+    return loop.dump_batch(str(path), batch) if jax.process_index() == 0 else str(path)
 
-  return hooks
+  def agree(flag):
+    return flag if jax.process_count() == 1 else bool(mesh_lib.sum_over_processes(float(flag)) > 0)
+
+  return loop.Hooks(
+      save=save, finite=lambda state: bool(finite(state)), due=due, log=write, warn=log.warn,
+      show=lambda step, phase, rows: log.samples(step, rows, phase=phase.name), dump=dump,
+      stop=stop, agree=agree)
 
 
 def finish(run: Run) -> None:

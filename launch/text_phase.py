@@ -1,5 +1,9 @@
-"""Pretraining and SFT: batches from a reader, and the loss on held-out rows. B rows of a step, T positions."""
+"""Pretraining and SFT: batches from a reader, and the loss on held-out rows.
 
+B rows of a step, T positions.
+"""
+
+import collections
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +16,8 @@ from launch.loop import Feed, Told
 from nn.types import LOGP, Batch
 from rl.types import Method
 
+FAULTS = ('bad', 'long', 'truncated')    # what rows are left out or cut for, see data/sft.py
+
 
 def make_batch(fields: dict, method: Method) -> tuple[Batch, int]:
   """The rows of a reader as this process's part of a Batch, and the tokens of all processes.
@@ -19,12 +25,20 @@ def make_batch(fields: dict, method: Method) -> tuple[Batch, int]:
   Weights are formed over the rows of every process: denominators belong to one optimiser step.
   """
   mask = mesh_lib.rows_of_all_processes(fields['mask'].astype(np.float32))
-  weights = {t.name: mesh_lib.rows_of_this_process(t.aggregate(mask)).astype(np.float32) for t in method.terms}
+  own = lambda weight: mesh_lib.rows_of_this_process(weight).astype(np.float32)
   batch = Batch(
       tokens=fields['tokens'], positions=fields['positions'], segments=fields['segments'],
-      masks={'train': fields['mask'].astype(np.float32)}, weights=weights,
-      coef={t.name: np.float32(t.coef) for t in method.terms}, data={}, temperature=np.float32(1), use=np.int32(0))
+      masks={'train': fields['mask'].astype(np.float32)},
+      weights={t.name: own(t.aggregate(mask)) for t in method.terms},
+      coef={t.name: np.float32(t.coef) for t in method.terms},
+      data={}, temperature=np.float32(1), use=np.int32(0))
   return batch, int(mask.sum())
+
+
+def count_faults(counts: dict[str, int], prefix: str) -> dict[str, float]:
+  """{metric: rows left out or cut, over all processes}, without those that are 0."""
+  total = mesh_lib.sum_over_processes({name: counts.get(name, 0) for name in FAULTS})
+  return {prefix + name: float(n) for name, n in total.items() if n}
 
 
 def make_feed(reader: Any, method: Method, mesh: jax.sharding.Mesh) -> Feed:
@@ -35,19 +49,22 @@ def make_feed(reader: Any, method: Method, mesh: jax.sharding.Mesh) -> Feed:
     batch, tokens = make_batch(reader.next(), method)
     return mesh_lib.put(batch, mesh), {'reader': reader.state()}, tokens
 
+  def describe(work):
+    counts = {fault: n for fault, (n, _) in reader.dropped().items()}
+    return Told(count_faults(counts, 'rows_'), work[2])
+
   return Feed(
-      collect=collect,
-      batches=lambda work: iter(work[:1]),
-      finish=lambda work: work[1],
-      describe=lambda work: Told({}, work[2]))
+      collect=collect, batches=lambda work: iter(work[:1]), finish=lambda work: work[1],
+      describe=describe)
 
 
-def make_evaluate(forward: Callable, open_reader: Callable, mesh: jax.sharding.Mesh) -> Callable:
+def make_evaluate(forward: Callable, open_rows: Callable, mesh: jax.sharding.Mesh) -> Callable:
   """Loss in nats per predicted token over one pass of the held-out rows.
 
   Args:
     forward: launch.engine.make_forward's.
-    open_reader: () -> iterable of fields of this process; every process gets equally many.
+    open_rows: Counter of faults -> iterable of fields of this process; every process gets equally
+      many.
   """
 
   @jax.jit
@@ -58,13 +75,15 @@ def make_evaluate(forward: Callable, open_reader: Callable, mesh: jax.sharding.M
 
   def evaluate(params, step):
     del step
-    parts = []
-    for fields in open_reader():
+    parts, faults = [], collections.Counter()
+    for fields in open_rows(faults):
       batch, _ = make_batch(fields, Method())
       parts.append(sums(params, mesh_lib.put(batch, mesh)))
-    loss, tokens = np.sum(np.asarray(jax.device_get(parts), np.float64), axis=0)
+    loss, tokens = np.sum(np.asarray(jax.device_get(parts), np.float64).reshape(-1, 2), axis=0)
     if not tokens:
       raise ValueError('the held-out rows have no token to predict')
-    return {'eval/loss': float(loss / tokens), 'eval/tokens': float(tokens)}
+    # Every process reads all rows, and has counted all of their faults.
+    left_out = {f'eval/rows_{name}': float(n) for name, n in faults.items()}
+    return {'eval/loss': float(loss / tokens), 'eval/tokens': float(tokens), **left_out}
 
   return evaluate

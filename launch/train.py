@@ -1,9 +1,11 @@
 """Trains a model: `python launch/train.py --config configs/x.py --workdir runs/x`. Read this first.
 
-A run is a list of phases in one workdir, with one running count of steps. Started again with the same workdir, it goes on
-where it was. This file sets up devices, model, phases and checkpoints, and hands each phase to `launch.loop.train`.
+A run is a list of phases in one workdir, with one running count of steps. Started again with the
+same workdir, it goes on where it was. This file sets up devices, model, phases and checkpoints, and
+hands each phase to `launch.loop.train`.
 """
 
+import contextlib
 import sys
 from pathlib import Path
 
@@ -17,15 +19,17 @@ def main(arguments: list[str]) -> int:
   from launch import config as config_lib
   rest, overrides = config_lib.split(arguments)
   parser = cli.parser(__doc__, cli.processes_parser())
-  parser.add_argument('--config', required=True, help='a Python file with get_config(), see configs/')
-  parser.add_argument('--workdir', required=True, help='folder of the run; an unfinished run in it is resumed')
-  parser.add_argument('--allow_config_change', action='store_true', help='resume although the config has changed')
+  parser.add_argument('--config', required=True, help='Python file with get_config(), see configs/')
+  parser.add_argument('--workdir', required=True, help='folder of the run; resumed if it has one')
+  parser.add_argument('--allow_config_change', action='store_true',
+                      help='resume although the config has changed')
   options = parser.parse_args(rest)
   cli.prepare(arguments)
 
   import jax
+
   from data import tokenizer as tokenizer_lib
-  from launch import checkpoint, phases, start
+  from launch import checkpoint, loop, phases, start
   from launch import mesh as mesh_lib
   from nn import model
 
@@ -35,44 +39,46 @@ def main(arguments: list[str]) -> int:
   tokenizer = tokenizer_lib.load(config.tokenizer)
   cfg = config_lib.model_config(config.model, tokenizer.vocab_size)
   mesh = mesh_lib.make_mesh(config.mesh.to_dict())
-  run = phases.Run(config, cfg, model.specs(cfg), mesh, tokenizer, Path(options.workdir), jax.random.key(config.seed))
-  keep = config.checkpoint
-  with jax.set_mesh(mesh), checkpoint.Checkpointer(
-      run.workdir, keep=keep.keep, best_metric=keep.best_metric, best_mode=keep.best_mode) as checkpoints:
+  run = phases.Run(config, cfg, model.specs(cfg), mesh, tokenizer, Path(options.workdir),
+                   jax.random.key(config.seed))
+
+  with contextlib.ExitStack() as ending:
+    ending.enter_context(jax.set_mesh(mesh))
+    ending.callback(run.close)
+
+    # What a user can have got wrong is refused here, before anything is compiled or written.
+    plan = phases.plan(config)
+    saved = start.find_saved(run.workdir, locked, plan, options.allow_config_change)
+    built = [phases.build(run, *phase) for phase in plan]
+    settings = start.read_settings(config)
+    config_lib.check_read(config, [key for key, _ in overrides])
+    changes = start.check(run, built, settings, saved, options.allow_config_change)
+
+    checkpoints = ending.enter_context(checkpoint.Checkpointer(
+        run.workdir, keep=settings.keep, best_metric=settings.best_metric,
+        best_mode=settings.best_mode))
+    start.write_config(run, locked)
+    log = ending.enter_context(start.open_log(run, built, settings, saved, changes))
+    stop = ending.enter_context(loop.StopSignal())
+    hooks = start.make_hooks(run, built, settings, checkpoints, log, stop, locked)
+    state, step = start.begin(run, built, checkpoints, settings.init, saved)
     try:
-      resumed = start.check_workdir(checkpoints, locked, options.allow_config_change)
-      built = [phases.build(run, name, first, last) for name, first, last in phases.plan(config)]
-      init, report = config.init, config.report
-      log = start.open_log(run, built, resumed)
-      hooks = start.make_hooks(run, built, checkpoints, log, locked)
-      config_lib.check_read(config, [key for key, _ in overrides])
-      start.write_config(run, locked)
-      state, memory, step = start.begin(run, built, checkpoints, resumed, init)
-      return train(run, built, hooks, log, state, memory, step, resumed, report)
-    finally:
-      run.close()
-
-
-def train(run, built, hooks, log, state, memory, step, resumed, report) -> int:
-  """Runs the phases that are left. Returns the exit status."""
-  from launch import loop, start
-  try:
-    for phase in built:
-      if step > phase.phase.last or (step == phase.phase.last and phase is not built[-1]):
-        continue
-      state, memory = start.enter(run, phase, state, memory, step, resumed)
-      state, memory[phase.phase.name] = loop.train(
-          phase.phase, state, memory[phase.phase.name], step, hooks(phase, memory), fresh=step != resumed)
-      step = phase.phase.last
-  except loop.Stopped as signal:
-    log.say(f'{signal}: saved; run the same command to go on')
-    return 0
-  except loop.NonFinite as error:
-    log.say(f'stopped: {error}')
-    return 1
-  finally:
-    log.close()
-  if report:
+      for b in built:
+        if step > b.phase.last or (step == b.phase.last and b is not built[-1]):
+          continue
+        goes_on = saved is not None and (saved['phase'], saved['step']) == (b.phase.name, step)
+        memory = checkpoints.memory(step)[b.phase.name] if goes_on else None
+        state, memory = start.enter(run, b, state, memory, bool(changes))
+        state = loop.train(b.phase, state, memory, step, hooks, fresh=not goes_on)
+        step = b.phase.last
+        start.warn_of_rows(log, b, step)
+    except loop.Stopped as signal:
+      log.say(f'{signal}: saved; run the same command to go on')
+      return 0
+    except loop.NonFinite:
+      log.say('stopped: nothing of that step is kept, the last checkpoint is whole')
+      return 1
+  if settings.report:
     start.finish(run)
   return 0
 

@@ -22,6 +22,7 @@ REWARDS = {
     'math': maths.equivalent,
 }
 IN_PROCESS = ('exact', 'number', 'digits')    # the others run in workers, which a deadline can kill
+READS_ANSWER = ('exact', 'math')              # these need row['answer']
 
 
 def check(spec: str) -> str:

@@ -1,0 +1,106 @@
+"""What an RL phase is made of, by its config: sampling, grader, evaluation, reference policy."""
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+
+from launch import checkpoint, rl_phase
+from launch import config as config_lib
+from nn import param
+from rl import compose, rewards, sample
+from rl.names import choose
+from rl.rewards import pool
+from rl.types import REFERENCE, Method, Score
+
+
+def sampling_of(run: Any, c: Any) -> sample.Sampling:
+  """How an RL phase samples; reads the cap on recorded ids only where some are cut off."""
+  cut = c.top_k > 0 or c.top_p < 1 or c.min_p > 0
+  found = sample.Sampling(
+      max_tokens=c.max_tokens, temperature=c.temperature, top_k=c.top_k, top_p=c.top_p,
+      min_p=c.min_p, support=c.support if cut else 0, eos=(run.tokenizer.eos_id,),
+      stop=tuple(text.encode() for text in c.stop))
+  if found.candidates > run.cfg.vocab_size:
+    raise ValueError(
+        f'rl.support {c.support} and rl.top_k {c.top_k} ask for {found.candidates} candidates, '
+        f'the vocabulary has {run.cfg.vocab_size}')
+  return found
+
+
+def build_grader(run: Any, c: Any) -> tuple[pool.Grader, dict[str, float]]:
+  """The grader, with its workers started, and the weights of the rewards."""
+  specs, weights = dict(c.rewards), dict(c.reward_weights)
+  if not specs:
+    raise ValueError('rl.rewards is empty; name at least one, as rl.rewards.NAME = REWARD')
+  for name in weights:
+    choose(specs, name, 'reward in rl.reward_weights')
+  config_lib.at_least(1, run.config, 'rl.graders')
+  grader = pool.Grader(specs, workers=c.graders, deadline_seconds=c.deadline)
+  run.closing.append(grader)
+  return grader, weights
+
+
+def answer_field(c: Any) -> str:
+  """The field that every problem must have; '' where no reward is known to read it."""
+  if c.data.format == 'arithmetic':
+    return ''
+  wanted = c.data.answer != 'answer' or set(rewards.READS_ANSWER) & set(dict(c.rewards).values())
+  return c.data.answer if wanted else ''
+
+
+def build_evaluate(run: Any, c: Any, sampling: sample.Sampling, draw: Callable,
+                   grader: pool.Grader, heldout: Any) -> tuple[Callable, tuple[str, ...]]:
+  """The evaluation on held-out problems, and the names of what it measures."""
+  e, specs = run.config.eval, dict(c.rewards)
+  config_lib.at_least(1, run.config, 'eval.rows')
+  config_lib.at_least(0, run.config, 'eval.pass_k')
+  if not e.reward and len(specs) > 1:
+    raise ValueError(f'eval.reward: which of {sorted(specs)} says that an answer is right?')
+  reward = e.reward or next(iter(specs))
+  choose(specs, reward, 'eval.reward')
+  problems = tuple(heldout.row(i) for i in range(min(len(heldout), e.rows)))
+  greedy, random = dataclasses.replace(sampling, temperature=0.0), None
+  measures = ('eval/accuracy',)
+  if e.pass_k:
+    random = dataclasses.replace(sampling, temperature=e.temperature)
+    measures += (f'eval/pass@{e.pass_k}', f'eval/mean@{e.pass_k}')
+  return rl_phase.make_evaluate(
+      draw, grader, run.tokenizer, problems, c.prompts * c.group, greedy, random, e.pass_k,
+      reward, run.key_of('evaluation')), measures
+
+
+def build_reference(run: Any, c: Any, method: Method) -> Callable:
+  """enter(params, begins): puts the reference policy in its place, if the method asks for it.
+
+  It is written into the workdir when the phase begins, and found there on resume.
+  """
+  scores = [r for r in compose.requests(method) if isinstance(r, Score)]
+  if not any(r.source == REFERENCE.source for r in scores):
+    return lambda params, begins: None
+  path, folder = c.reference, run.workdir / 'reference'
+  abstract = param.abstract(run.specs, run.shardings)
+  if path:
+    checkpoint.check_params(path, abstract)
+
+  def enter(params, begins):
+    if begins:
+      chosen = checkpoint.load_params(path, abstract) if path else params
+      replace_params(folder, chosen, path or 'the policy at the start of the RL phase')
+    # Read back: the policy's own arrays are donated to the next train step.
+    run.weights['reference'] = checkpoint.load_params(folder, abstract)
+
+  return enter
+
+
+def replace_params(folder: Path, params: Any, origin: str) -> None:
+  """Writes parameters; those of a beginning that was not saved are stale."""
+  if jax.process_index() == 0:
+    shutil.rmtree(folder, ignore_errors=True)
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices('reference removed')
+  checkpoint.save_params(folder, params, {'from': origin})
