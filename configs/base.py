@@ -111,7 +111,7 @@ def get_config() -> ConfigDict:
 
   c.log = ConfigDict()
   c.log.every = 1                      # steps between lines of metrics
-  c.log.samples_every = 10             # RL steps between those whose best and worst samples are kept
+  c.log.samples_every = 10             # RL steps between kept samples, the best and the worst
   c.log.tensorboard = True             # write TensorBoard files too
   c.log.wandb = ''                     # Weights & Biases project; '': not used
 
@@ -163,6 +163,7 @@ def data(kind: str) -> ConfigDict:
   c.heldout = 0.0                      # share of the rows, from the end, kept for evaluation
   c.heldout_files = ()                 # for evaluation, in place of a share
   c.text = 'text'                      # field of a JSON row: plain text
+  c.tokens = 'tokens'                  # field of a JSON row: list of ids
   c.messages = 'messages'              # field of a JSON row: list of {role, content}
   c.prompt = 'prompt'                  # field of a JSON row: problem
   c.response = 'response'              # field of a JSON row: demonstration, for SFT
