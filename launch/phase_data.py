@@ -43,8 +43,8 @@ def form_of(phase: str, d: Any) -> fields.Format:
     return fields.Format(
         kind='problem', prompt=d.prompt, response=d.response if phase != 'rl' else 'response',
         prompt_template=d.prompt_template)
-  name = {'chat': 'messages'}.get(d.format, 'text')
-  return fields.Format(kind=d.format, **({name: d[name]} if d.format != 'tokens' else {}))
+  name = {'chat': 'messages'}.get(d.format, d.format)
+  return fields.Format(kind=d.format, **{name: d[name]})
 
 
 def cache_of(run: Any, d: Any) -> str:

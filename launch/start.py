@@ -77,11 +77,11 @@ def find_saved(workdir: Path, config: Any, plan: list[tuple[str, int, int]],
 
 
 def check(run: Run, built: list[Built], settings: Settings, saved: dict | None,
-          allow_change: bool) -> list[str]:
+          allow_change: bool) -> dict[str, str]:
   """Refuses phases that do not fit each other, the settings or the checkpoint.
 
   Returns:
-    Differences from the saved run's data that were allowed.
+    {phase: how its data differ from those of the saved run}, where that is allowed.
   """
   if settings.best_mode not in ('max', 'min'):
     raise ValueError(f'checkpoint.best_mode is {settings.best_mode!r}, wanted max or min')
@@ -97,14 +97,14 @@ def check(run: Run, built: list[Built], settings: Settings, saved: dict | None,
       raise ValueError(
           f'{b.phase.name}: the optimiser of the phase before keeps another kind of state; set '
           f'{b.phase.name}.reset_optimizer=true')
-  changes = []
+  changes = {}
   for b in built if saved else ():
     try:
       b.check(saved['contracts'][b.phase.name])
     except ValueError as error:
       if not allow_change:
         raise
-      changes.append(f'{b.phase.name}: {error}')
+      changes[b.phase.name] = str(error)
   return changes
 
 
@@ -144,17 +144,20 @@ def enter(run: Run, built: Built, state: step_lib.TrainState, memory: dict | Non
   """State and memory of a phase that begins (memory None), or goes on where the memory was made.
 
   Args:
-    changed: the data are not those of the saved run, so that readers cannot go on.
+    changed: the data are not those the memory is about: it is given up.
   """
   begins = memory is None
   if begins and (built.reset_optimizer or state.opt_state is None):
     state = fresh_state(run, built, state.params, state.updates)
-  if not (begins or changed):
+  if begins or changed:
+    memory = built.memory
+  else:
+    memory = built.memory | memory
     built.restore(memory)
   if not finite(state):
     raise ValueError(f'{built.phase.name}: the parameters to begin with are not finite')
   built.enter(state.params, begins)
-  return state, built.memory | (memory or {})
+  return state, memory
 
 
 @jax.jit
@@ -171,7 +174,7 @@ def write_config(run: Run, config: Any) -> None:
 
 
 def open_log(run: Run, built: list[Built], settings: Settings, saved: dict | None,
-             changes: list[str]) -> metrics.Logger:
+             changes: dict[str, str]) -> metrics.Logger:
   """The run's log, with what the run is printed at its head."""
   step = saved['step'] if saved else 0
   log = metrics.Logger(
@@ -179,8 +182,8 @@ def open_log(run: Run, built: list[Built], settings: Settings, saved: dict | Non
       tensorboard=settings.tensorboard, wandb=settings.wandb,
       phase_ends={b.phase.name: b.phase.last for b in built})
   log.summary(describe(run, built, saved))
-  for change in changes:
-    log.warn(step, f'allowed: {change}')
+  for phase, change in changes.items():
+    log.warn(step, f'{phase}: {change}; as allowed, the phase reads them from their beginning')
   for b in built:
     warn_of_rows(log, b, step)
   return log

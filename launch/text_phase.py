@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from data import stream
 from launch import mesh as mesh_lib
 from launch.loop import Feed, Told
 from nn.types import LOGP, Batch
@@ -35,27 +36,34 @@ def make_batch(fields: dict, method: Method) -> tuple[Batch, int]:
   return batch, int(mask.sum())
 
 
-def count_faults(counts: dict[str, int], prefix: str) -> dict[str, float]:
-  """{metric: rows left out or cut, over all processes}, without those that are 0."""
-  total = mesh_lib.sum_over_processes({name: counts.get(name, 0) for name in FAULTS})
-  return {prefix + name: float(n) for name, n in total.items() if n}
-
-
 def make_feed(reader: Any, method: Method, mesh: jax.sharding.Mesh) -> Feed:
   """Rows of a reader as a source of batches; the reader's place is what must be remembered."""
 
   def collect(params, memory, step):
-    del params, memory, step
+    del params, step
     batch, tokens = make_batch(reader.next(), method)
-    return mesh_lib.put(batch, mesh), {'reader': reader.state()}, tokens
+    before, now = memory['reader'], reader.state()
+    return mesh_lib.put(batch, mesh), {'reader': now}, tokens, new_faults(before, now)
 
   def describe(work):
-    counts = {fault: n for fault, (n, _) in reader.dropped().items()}
-    return Told(count_faults(counts, 'rows_'), work[2])
+    return Told({f'rows_{name}': float(n) for name, n in work[3].items() if n}, work[2])
 
   return Feed(
       collect=collect, batches=lambda work: iter(work[:1]), finish=lambda work: work[1],
       describe=describe)
+
+
+def new_faults(before: dict, now: dict) -> dict[str, float]:
+  """Rows left out or cut between two states of a reader, on all processes, by fault.
+
+  Args:
+    before: may have sub-streams of other processes too.
+  """
+  found = dict.fromkeys(FAULTS, 0)
+  for name, state in now.items():
+    for fault, (count, _) in stream.faults(state).items():
+      found[fault] += count - stream.faults(before[name]).get(fault, (0, ''))[0]
+  return mesh_lib.sum_over_processes(found)
 
 
 def make_evaluate(forward: Callable, open_rows: Callable, mesh: jax.sharding.Mesh) -> Callable:
