@@ -152,10 +152,9 @@ def picked_samples(run: Run) -> list[tuple[int, list[tuple[str, dict]]]]:
 
 def _reward(sample: dict) -> float:
   try:
-    value = float(sample.get('reward', math.nan))
+    return float(sample.get('reward', math.nan))
   except (TypeError, ValueError):
-    return -math.inf
-  return -math.inf if math.isnan(value) else value
+    return math.nan
 
 
 def flat(config: Any, path: str = '') -> dict[str, Any]:

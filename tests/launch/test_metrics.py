@@ -79,10 +79,10 @@ def test_a_run_that_goes_on_cuts_what_it_will_say_again(tmp_path, resumed, kept)
   assert not list(tmp_path.glob('*.new'))
 
 
-def test_a_line_cut_short_is_passed_over_and_removed_on_resume(tmp_path):
-  whole = '{"step": 1, "time": 0, "loss": 1.0}\n'
-  (tmp_path / metrics.METRICS).write_text(whole + '{"step": 2, "ti')
-  assert [x['step'] for x in metrics.read_metrics(tmp_path)] == [1]
+@pytest.mark.parametrize('rest, read', [('{"step": 2, "ti', [1]), ('{"step": 2}', [1, 2])])
+def test_a_line_cut_short_is_passed_over_and_removed_on_resume(tmp_path, rest, read):
+  (tmp_path / metrics.METRICS).write_text('{"step": 1, "time": 0, "loss": 1.0}\n' + rest)
+  assert [x['step'] for x in metrics.read_metrics(tmp_path)] == read
   with quiet(tmp_path, resumed=5) as logger:
     logger.log(2, {'loss': 2})
   assert [x['step'] for x in metrics.read_metrics(tmp_path)] == [1, 2]
@@ -272,7 +272,7 @@ def test_peak_flops_are_known_or_0():
 
 
 def test_the_summary_is_a_table():
-  text = metrics.table([('mesh', 'data 8'), ('parameters', 'word ' * 12), ('none', '')], 40)
+  text = metrics.table([('mesh', 'data 8'), ('parameters', 'word ' * 12), ('none', '')], 41)
   assert text.splitlines() == [
       'mesh        data 8',
       'parameters  word word word word word',

@@ -25,7 +25,8 @@ def log(workdir, *, steps=20, config=None, scale=1.0,
     for step in range(steps + 1):
       if step in EVALS:
         accuracy, loss = EVALS[step]
-        logger.log(step, {'eval/accuracy': scale * accuracy, 'eval/loss': loss}, phase=phase(step))
+        values = {'eval/accuracy': scale * accuracy, 'eval/loss': loss, 'eval/problems': 512}
+        logger.log(step, values, phase=phase(step))
       values = {'loss': 1 / (step + 1), 'odd/number': step % 3, 'limit': 7}
       logger.log(step, values, phase=phase(step))
   if config is not None:
@@ -108,8 +109,8 @@ def test_every_metric_is_on_the_page_once(tmp_path, number):
   runs = history.load(workdirs)
   drawn = [name for _, names in report.groups(runs) for name in names]
   still = [name for name, _ in report.unchanged(runs)]
-  assert sorted(drawn + still) == ['eval/accuracy', 'eval/loss', 'limit', 'loss', 'odd/number']
-  assert still == ['limit']
+  assert sorted(drawn) == ['eval/accuracy', 'eval/loss', 'loss', 'odd/number']
+  assert still == ['eval/problems', 'limit']
   found = page(*workdirs)
   assert found.tags.count('svg') == len(report.groups(runs)) == (3 if number == 1 else 4)
   assert 'odd/number' in found.texts and 'limit' in found.cells and '7' in found.cells
@@ -142,12 +143,13 @@ def test_first_last_and_best_by_hand(tmp_path):
 def test_several_runs_side_by_side(tmp_path):
   one = lambda step: ''
   a, b = log(tmp_path / 'a', phase=one), log(tmp_path / 'b', phase=one, scale=0.5)
-  c = write(tmp_path / 'c', {'step': 1, 'eval/accuracy': 'nan'}, {'step': 2, 'eval/other': 3})
+  c = write(tmp_path / 'c', {'step': 1, 'eval/accuracy': 'nan', 'eval/loss': 2},
+            {'step': 2, 'eval/other': 3, 'eval/loss': 1})
   assert report.comparison(history.load([a, b, c])) == [
       ['number', 'a', 'b', 'c'],
       ['eval/accuracy', '0.25 → 0.5, best 0.75 @10', '0.125 → 0.25, best 0.375 @10', '–'],
       ['eval/other', '–', '–', '3 → 3'],
-      ['eval/loss', '2 → 1.75, best 1.5 @10', '2 → 1.75, best 1.5 @10', '–']]
+      ['eval/loss', '2 → 1.75, best 1.5 @10', '2 → 1.75, best 1.5 @10', '2 → 1']]
 
 
 def test_without_evaluations_reward_and_loss_are_compared(tmp_path):
@@ -169,8 +171,9 @@ def test_phases_are_shaded_if_all_runs_share_them_and_marked_if_not(tmp_path):
   a = log(tmp_path / 'a')
   longer = log(tmp_path / 'longer', steps=30)
   other = log(tmp_path / 'other', phase=lambda step: 'sft' if step < 5 else 'rl')
+  shorter = log(tmp_path / 'shorter', steps=5)
   spans = [history.Span('sft', 0, 9), history.Span('rl', 9, 30)]
-  assert report.shared_phases(history.load([a, longer])) == (spans, [])
+  assert report.shared_phases(history.load([a, longer, shorter])) == (spans, [])
   assert report.shared_phases(history.load([a, other])) == ([], [(0, 0), (9, 0), (0, 1), (4, 1)])
 
 
@@ -187,13 +190,14 @@ def test_best_and_worst_samples_from_first_to_last_step(tmp_path):
     assert [(kind, s['reward']) for kind, s in entries] == [('best', step + 1.0), ('worst', -1.0)]
   assert [(kind, s['response']) for kind, s in picked[-1][1]] == [('', 'only')]
   assert 'only' in page(workdir).texts
+  assert 'only' in page(log(tmp_path / 'other'), workdir).texts
 
 
 def test_what_went_wrong_is_listed(tmp_path):
   workdir = write(
       tmp_path / 'run', {'step': 1, 'loss': 1.0, 'verifier_errors': 0, 'verifier_timeouts': 0},
       {'step': 2, 'loss': 'nan', 'verifier_errors': 3, 'verifier_timeouts': 0},
-      {'step': 3, 'loss': 'inf', 'verifier_errors': 1, 'verifier_timeouts': 0})
+      {'step': 3, 'loss': 'inf', 'verifier_errors': 1, 'verifier_timeouts': 0, 'nonfinite': 1})
   (workdir / metrics.WARNINGS).write_text('{"step": 1, "time": 0, "text": "2 rows skipped"}\n')
   (workdir / 'bad_batch_3_process_0.npz').touch()
   (run,) = history.load([workdir])
@@ -201,7 +205,8 @@ def test_what_went_wrong_is_listed(tmp_path):
       (-1, 'a batch whose loss or gradient was not finite is in bad_batch_3_process_0.npz'),
       (1, '2 rows skipped'),
       (2, 'loss was not finite in 2 of 3 logged steps'),
-      (2, 'verifier_errors: 4, in 2 of 3 logged steps')]
+      (2, 'verifier_errors: 4, in 2 of 3 logged steps'),
+      (3, 'nonfinite: 1, in 1 of 1 logged steps')]
   assert 'step 1: 2 rows skipped' in page(workdir).texts
 
 
