@@ -67,7 +67,7 @@ def main(arguments: list[str]) -> int:
         if step > b.phase.last or (step == b.phase.last and b is not built[-1]):
           continue
         goes_on = saved is not None and (saved['phase'], saved['step']) == (b.phase.name, step)
-        memory = checkpoints.memory(step)[b.phase.name] if goes_on else None
+        memory = checkpoints.memory(step) if goes_on else None
         state, memory = start.enter(run, b, state, memory, b.phase.name in changes)
         state = loop.train(b.phase, state, memory, step, hooks, fresh=not goes_on)
         step = b.phase.last
