@@ -1,9 +1,10 @@
 """Chat templates: messages to ids with a mask on what the assistant said.
 
-A message is {'role': str, 'content': str}; instead of content it may carry token ids ('tokens'), which pass through
-untouched. Templates are Jinja as in Hugging Face tokenizers, run in a sandbox. What is trained on is what stands in
-{% generation %} blocks; a template without them is rendered once up to each answer and once with it, and the
-difference is the answer, up to its last end-of-sequence id if it has one.
+A message is {'role': str, 'content': str}; instead of content it may carry token ids ('tokens'),
+which pass through untouched. Templates are Jinja as in Hugging Face tokenizers, run in a sandbox.
+What is trained on is what stands in {% generation %} blocks; a template without them is rendered
+once up to each answer and once with it, and the difference is the answer, up to its last
+end-of-sequence id if it has one.
 """
 
 import datetime
@@ -18,7 +19,8 @@ import jinja2.sandbox
 
 from data.tokenizer import Tokenizer
 
-# Unicode noncharacters, which no text contains: around a generation block, and around the number of what has ids.
+# Unicode noncharacters, which no text contains: around a generation block, and around the name of
+# what has ids.
 START, STOP, HOLE = '\ufdd0', '\ufdd1', '\ufdd2'
 
 # The day templates see: rows must not change from one day of a run to the next.
@@ -36,33 +38,43 @@ class _Generation(jinja2.ext.Extension):
     return [mark(START), *body, mark(STOP)]
 
 
-def render(tokenizer: Tokenizer, messages: list[dict], add_generation_prompt: bool, tools: list | None = None) -> str:
+def render(
+    tokenizer: Tokenizer,
+    messages: list[dict],
+    add_generation_prompt: bool,
+    tools: list | None = None,
+) -> str:
   """The conversation as text; ids of messages that carry them are decoded.
 
   Raises:
     ValueError: no chat template, a malformed message, or an error inside the template.
   """
-  text = _render(tokenizer, messages, add_generation_prompt, tools).replace(START, '').replace(STOP, '')
+  text = _render(tokenizer, messages, add_generation_prompt, tools)
   holes = _holes(tokenizer, messages)
-  return ''.join(tokenizer.decode(holes[part]) if i % 2 else part for i, part in enumerate(text.split(HOLE)))
+  parts = text.replace(START, '').replace(STOP, '').split(HOLE)
+  return ''.join(tokenizer.decode(holes[part]) if i % 2 else part for i, part in enumerate(parts))
 
 
-def prompt(tokenizer: Tokenizer, messages: list[dict], tools: list | None = None) -> tuple[str, list[int]]:
+def prompt(
+    tokenizer: Tokenizer, messages: list[dict], tools: list | None = None
+) -> tuple[str, list[int]]:
   """Text and ids of a conversation that the assistant is to continue."""
   text = _render(tokenizer, messages, True, tools).replace(START, '').replace(STOP, '')
   ((ids, _),) = _encode(tokenizer, messages, [(text, False)])
   return render(tokenizer, messages, True, tools), ids
 
 
-def encode(tokenizer: Tokenizer, messages: list[dict], tools: list | None = None) -> tuple[list[int], list[int]]:
+def encode(
+    tokenizer: Tokenizer, messages: list[dict], tools: list | None = None
+) -> tuple[list[int], list[int]]:
   """Ids of a whole conversation, and a mask that is 1 on what the assistant said.
 
-  The text before an answer is encoded apart from the answer, so that it is the prompt the model meets when it
-  samples.
+  The text before an answer is encoded apart from the answer, so that it is the prompt the model
+  meets when it samples.
 
   Raises:
-    ValueError: as render; no answer to train on; without generation blocks also a template whose text up to an
-      answer changes with what follows.
+    ValueError: as render; no answer to train on; without generation blocks also a template whose
+      text up to an answer changes with what follows.
   """
   whole = _render(tokenizer, messages, False, tools)
   marked = START in whole
@@ -93,7 +105,7 @@ def _encode(tokenizer, messages, spans) -> list[tuple[list[int], bool]]:
       else:
         continue
       if own and new[:1] == [tokenizer.eos_id]:
-        new = new[1:]                  # sampled ids bring the end of the turn that the template adds as well
+        new = new[1:]                  # sampled ids bring the end that the template adds as well
       own = i % 2 == 1 and part.isdigit() and new[-1:] == [tokenizer.eos_id]
       started |= i % 2 == 0 or part.isdigit()
       ids += new
@@ -102,8 +114,9 @@ def _encode(tokenizer, messages, spans) -> list[tuple[list[int], bool]]:
 
 
 def _holes(tokenizer: Tokenizer, messages: list[dict]) -> dict[str, list[int]]:
-  """{name in the rendered text: ids}: messages by their index, and special tokens that have no text."""
-  named = {'eos_token': tokenizer.eos_id, 'bos_token': tokenizer.bos_id, 'pad_token': tokenizer.pad_id}
+  """{name in the rendered text: ids}: messages by index, and special tokens that have no text."""
+  named = {
+      'eos_token': tokenizer.eos_id, 'bos_token': tokenizer.bos_id, 'pad_token': tokenizer.pad_id}
   return ({str(i): [int(t) for t in m['tokens']] for i, m in enumerate(messages) if 'tokens' in m}
           | {name: [] if i is None else [i] for name, i in named.items()})
 
@@ -126,8 +139,9 @@ def _derived(tokenizer, messages, whole, tools) -> list[tuple[str, bool]]:
     after = _render(tokenizer, messages[:i + 1], False, tools)
     if not (after.startswith(before) and whole.startswith(after) and len(before) >= done):
       raise ValueError(
-          f'message {i}: the chat template writes the text up to this answer differently depending on what follows, '
-          'so the answer cannot be told from it; use a template with generation blocks, or rows that end here')
+          f'message {i}: the chat template writes the text up to this answer differently depending '
+          'on what follows, so the answer cannot be told from it; use a template with generation '
+          'blocks, or rows that end here')
     spans += [(whole[done:len(before)], False), (whole[len(before):len(after)], True)]
     done = len(after)
   return [*spans, (whole[done:], False)]
@@ -141,7 +155,8 @@ def _render(tokenizer, messages, add_generation_prompt, tools) -> str:
     raise ValueError(f'messages are {type(messages).__name__}, wanted a list')
   shown = [_message(m, i) for i, m in enumerate(messages)]
   names = {name: f'{HOLE}{name}{HOLE}' for name in ('eos_token', 'pad_token')}
-  names |= {'bos_token': f'{HOLE}bos_token{HOLE}' if tokenizer.bos_id is not None else ''} | tokenizer.specials
+  names['bos_token'] = '' if tokenizer.bos_id is None else f'{HOLE}bos_token{HOLE}'
+  names |= tokenizer.specials
   try:
     return _template(tokenizer.chat_template).render(
         messages=shown, add_generation_prompt=add_generation_prompt, tools=tools, **names)
@@ -158,7 +173,8 @@ def _message(message: dict, i: int) -> dict:
   if 'tokens' in message:
     return message | {'content': f'{HOLE}{i}{HOLE}'}
   if not isinstance(message.get('content'), (str, list)) and 'tool_calls' not in message:
-    raise ValueError(f"message {i}: 'content' is {type(message.get('content')).__name__}, wanted text")
+    found = type(message.get('content')).__name__
+    raise ValueError(f"message {i}: 'content' is {found}, wanted text")
   return message
 
 
@@ -168,7 +184,8 @@ def _template(source: str) -> jinja2.Template:
     raise jinja2.TemplateError(message)
 
   def tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-    return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
+                      sort_keys=sort_keys)
 
   environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
       trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols])

@@ -1,4 +1,4 @@
-"""What a row of a file says: text, ids, a problem with its answer, or a conversation. A row is a dict."""
+"""What a row, a dict, says: text, ids, a problem with its answer, or a conversation."""
 
 import dataclasses
 import re
@@ -55,7 +55,8 @@ def ids(row: dict, field: str, vocab_size: int) -> list[int]:
   if not isinstance(value, list) or not value or any(type(i) is not int for i in value):
     raise ValueError(f'field {field!r}: wanted a list of token ids')
   if min(value) < 0 or max(value) >= vocab_size:
-    raise ValueError(f'field {field!r}: ids from {min(value)} to {max(value)}, the vocabulary has {vocab_size}')
+    raise ValueError(f'field {field!r}: ids from {min(value)} to {max(value)}, '
+                     f'the vocabulary has {vocab_size}')
   return value
 
 
@@ -65,7 +66,7 @@ def begin(tokenizer: Tokenizer) -> list[int]:
 
 
 def prompt(row: dict, form: Format, tokenizer: Tokenizer) -> tuple[str, list[int]]:
-  """Text and ids of what the model is asked. Of a conversation: all before a closing answer, which is left out."""
+  """Text and ids of what the model is asked: of a conversation, all before a closing answer."""
   if form.kind == 'chat':
     messages = _messages(row, form)
     if messages[-1].get('role') == 'assistant':
@@ -96,7 +97,8 @@ def example(row: dict, form: Format, tokenizer: Tokenizer) -> tuple[list[int], l
 
 def _messages(row: dict, form: Format) -> list[dict]:
   messages = _get(row, form.messages)
-  if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
+  is_list = isinstance(messages, list) and messages
+  if not is_list or not all(isinstance(m, dict) for m in messages):
     raise ValueError(f"field {form.messages!r}: wanted a list of {{'role', 'content'}}")
   return messages
 

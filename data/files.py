@@ -1,7 +1,8 @@
-"""Files as bytes at random places: globs, compressed files unpacked once, and where the lines of a file begin.
+"""Files as bytes at random places: globs, packed files, and where lines begin.
 
-Nothing is read whole. What takes a pass over a file is kept in a cache folder, under a name made of the file's path,
-size, time and content digest; it appears there whole or not at all, so several processes may start at once.
+Nothing is read whole. What takes a pass over a file is kept in a cache folder, under a name made of
+the file's path, size, time and content digest; it appears there whole or not at all, so several
+processes may start at once.
 """
 
 import contextlib
@@ -21,7 +22,7 @@ FORMAT = 1                             # of what lies in the cache folder
 HELD = 1 << 12                        # entries of an index in memory while it is built
 BLOCK = 1 << 20                        # bytes read at a time in a pass over a file
 SLICE = 1 << 10                        # bytes of packed text unpacked at a time
-SAMPLES, SAMPLE = 64, 1 << 16          # a digest covers so many evenly spaced samples of so many bytes
+SAMPLES, SAMPLE = 64, 1 << 16          # evenly spaced samples in a digest, and their bytes
 
 
 def expand(patterns: str | tuple[str, ...]) -> tuple[Path, ...]:
@@ -46,7 +47,8 @@ def expand(patterns: str | tuple[str, ...]) -> tuple[Path, ...]:
 def read(path: Path, start: int, stop: int) -> bytes:
   """Bytes start to stop of a file, fewer at its end.
 
-  The file is opened anew each time: no handle to share with a copy in another process, or to run out of.
+  The file is opened anew each time: no handle to share with a copy in another process, or to run
+  out of.
   """
   with open(path, 'rb') as f:
     f.seek(start)
@@ -94,9 +96,9 @@ def plain(path: Path, cache: str) -> Path:
 
 
 def line_index(path: Path, cache: str) -> Path:
-  """A file of int64 pairs: where each line that is not blank begins, and its number from 1; of packed files, unpacked.
+  """A file of int64 pairs: where each line that is not blank begins, and its number from 1.
 
-  The last pair is the size of the file and 0.
+  The last pair is the size of the file and 0. Packed files are unpacked first.
 
   Raises:
     ValueError: every line is blank.
@@ -125,8 +127,8 @@ def _unpacked(path: Path) -> Iterator[bytes]:
       while block := f.read(BLOCK):
         yield block
     return
-  # One object per frame: the package's stream reader takes a file that breaks off for one that ends.
-  # It unpacks all it is given at once, so it is given little.
+  # One object per frame: the package's stream reader takes a file that breaks off for one that
+  # ends. It unpacks all it is given at once, so it is given little.
   frame = None
   with open(path, 'rb') as f:
     while block := f.read(SLICE):

@@ -1,4 +1,4 @@
-"""Parts of a mixture: shuffled, sharded, repeated, tokenised and interleaved by weight, still at random access."""
+"""Parts of a mixture: shuffled, sharded, repeated, tokenised and mixed, all at random access."""
 
 import dataclasses
 import functools
@@ -17,17 +17,20 @@ class Part:
   weight: float = 1.0
 
 
-def elements(parts: tuple[Part, ...], *, seed: int, stream: int, streams: int, shuffle: bool = True) -> grain.MapDataset:
+def elements(
+    parts: tuple[Part, ...], *, seed: int, stream: int, streams: int, shuffle: bool = True
+) -> grain.MapDataset:
   """The endless sequence of elements of one of the sub-streams of a run.
 
-  In every epoch of a part each of its examples is in exactly one sub-stream.
-  Parts are interleaved exactly: with weights 3 and 1, three of every four elements are of the first.
+  In every epoch of a part each of its examples is in exactly one sub-stream. Parts are interleaved
+  exactly: with weights 3 and 1, three of every four elements are of the first.
 
   Args:
     shuffle: in another order in every epoch; otherwise as they stand in the source.
 
   Raises:
-    ValueError: no parts, two of one name, a weight that is not positive, or a part with fewer rows than streams.
+    ValueError: no parts, two of one name, a weight that is not positive, or a part with fewer rows
+      than streams.
   """
   if len({p.name for p in parts}) < len(parts) or not parts:
     raise ValueError(f'wanted parts of different names, got {[p.name for p in parts]}')
@@ -51,7 +54,7 @@ def _part(part: Part, key: str, stream: int, streams: int) -> grain.MapDataset:
 
 
 def _place(size: int, key: str, index: int, row: int) -> tuple[int, int]:
-  """(row, epoch) of an index, which goes on counting beyond the first epoch; key '': rows as they stand."""
+  """(row, epoch) of an index, which counts on beyond the first epoch; key '': as rows stand."""
   epoch = index // size
   return shuffling.permuted(row, size, f'{key} {epoch}') if key else row, epoch
 

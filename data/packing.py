@@ -1,8 +1,8 @@
 """Elements to rows of one length, and all that is taken from grain's experimental namespace.
 
-T positions of a row. A row is {'tokens', 'segments', 'positions' [T] int32, 'mask' [T] float32}: segments count from 1,
-0 is padding; positions restart in every segment; mask is 1 where a token is to be predicted, never at the first of a
-segment.
+T positions of a row. A row is {'tokens', 'segments', 'positions' [T] int32, 'mask' [T] float32}:
+segments count from 1, 0 is padding; positions restart in every segment; mask is 1 where a token is
+to be predicted, never at the first of a segment.
 """
 
 import functools
@@ -14,11 +14,14 @@ import numpy as np
 PACKINGS = ('split', 'fit', 'pad')
 
 
-def pack(elements: grain.IterDataset, kind: str, *, length: int, bins: int, seed: int) -> grain.IterDataset:
+def pack(
+    elements: grain.IterDataset, kind: str, *, length: int, bins: int, seed: int
+) -> grain.IterDataset:
   """{'tokens', 'mask'} of any length -> rows of `length` positions.
 
   Args:
-    kind: split (all joined, then cut: no padding), fit (first fit: nothing is cut) or pad (one element per row).
+    kind: split (all joined, then cut: no padding), fit (first fit: nothing is cut) or pad (one
+      element per row).
     bins: fit: rows filled at a time. More: less padding, and rows come from further apart.
     seed: fit: order in which filled rows leave.
   """
@@ -27,7 +30,8 @@ def pack(elements: grain.IterDataset, kind: str, *, length: int, bins: int, seed
     rows = grain.experimental.ConcatThenSplitIterDataset(elements, length_struct=sizes)
   elif kind == 'fit':
     rows = grain.experimental.FirstFitPackIterDataset(
-        elements, length_struct=sizes, num_packing_bins=bins, seed=seed % 2**32, meta_features=('mask',))
+        elements, length_struct=sizes, num_packing_bins=bins, seed=seed % 2**32,
+        meta_features=('mask',))
   elif kind == 'pad':
     return elements.map(functools.partial(_alone, length))
   else:
@@ -88,7 +92,9 @@ def windows(texts: Iterable[tuple[np.ndarray, np.ndarray, bool]], length: int) -
     yield tokens, mask
 
 
-def in_order(pieces: Iterable[tuple[np.ndarray, np.ndarray]], length: int) -> Iterator[dict[str, np.ndarray]]:
+def in_order(
+    pieces: Iterable[tuple[np.ndarray, np.ndarray]], length: int
+) -> Iterator[dict[str, np.ndarray]]:
   """Fills rows with pieces as they come; a piece that does not fit begins the next row."""
   waiting, size = [], 0
   for piece in pieces:
@@ -106,7 +112,8 @@ def _alone(length: int, element: dict) -> dict[str, np.ndarray]:
 
 
 def _rename(packed: dict) -> dict[str, np.ndarray]:
-  return _finish(packed['tokens'], packed['mask'], packed['tokens_segment_ids'], packed['tokens_positions'])
+  return _finish(packed['tokens'], packed['mask'], packed['tokens_segment_ids'],
+                 packed['tokens_positions'])
 
 
 def _finish(tokens, mask, segments, positions) -> dict[str, np.ndarray]:

@@ -14,9 +14,10 @@ LONG = ('error', 'drop')
 class Prompts:
   """The prompts of a source's rows, in an order drawn anew in every epoch."""
 
-  def __init__(self, rows, tokenizer: Tokenizer, *, form: Format, max_prompt: int, seed: int, shuffle: bool = True,
-               long: str = 'error', skip_bad_rows: bool = False):
-    """Reads the first row, so that a wrong field name is an error here; all rows, if some may be dropped.
+  def __init__(self, rows, tokenizer: Tokenizer, *, form: Format, max_prompt: int, seed: int,
+               shuffle: bool = True, long: str = 'error', skip_bad_rows: bool = False):
+    """Reads the first row, so that a wrong field name is an error here; all rows if some
+    may be dropped.
 
     Args:
       rows: see data/sources.py.
@@ -44,7 +45,8 @@ class Prompts:
     """The n prompts from place `cursor` of the endless sequence on; the next cursor is cursor + n.
 
     Returns:
-      The row's fields, with 'tokens' (ids, a tuple), 'prompt' (text) and 'row_id' (its number in the source).
+      The row's fields, with 'tokens' (ids, a tuple), 'prompt' (text) and 'row_id' (its number in
+      the source).
     """
     return tuple(self.row(self._index(i)) for i in range(cursor, cursor + n))
 
@@ -55,16 +57,17 @@ class Prompts:
 
   def identity(self) -> dict:
     """For the data contract: what the sequence depends on."""
-    return {'seed': self._seed, 'shuffle': self._shuffle, 'rows': len(self), 'source': self._rows.identity(),
-            'tokenizer': self._tokenizer.fingerprint(), 'format': dataclasses.asdict(self._form), 'max_prompt': self._max,
-            **self._options}
+    return {'seed': self._seed, 'shuffle': self._shuffle, 'rows': len(self),
+            'source': self._rows.identity(), 'tokenizer': self._tokenizer.fingerprint(),
+            'format': dataclasses.asdict(self._form), 'max_prompt': self._max, **self._options}
 
   def _prompt(self, row: dict, index: int) -> dict:
     text, ids = fields.prompt(row, self._form, self._tokenizer)
     if not ids:
       raise ValueError('the prompt is empty')
     if len(ids) > self._max:
-      raise TooLong(f'a prompt of {len(ids)} tokens, max_prompt is {self._max}; raise it, or choose to drop')
+      raise TooLong(f'a prompt of {len(ids)} tokens, max_prompt is {self._max}; raise it, or '
+                    'choose to drop')
     return {**row, 'tokens': tuple(ids), 'prompt': text, 'row_id': index}
 
   def _index(self, place: int) -> int:

@@ -1,7 +1,8 @@
-"""Batches for a training run, which can be stopped and gone on with anywhere, and once through a held-out set.
+"""Batches: endless for training, to be stopped and gone on with anywhere; once for evaluation.
 
-A run has S sub-streams, independent sequences of rows; each gives its share of every batch. Process p of n reads
-sub-streams p S/n to (p + 1) S/n, so what is read depends on the seed and on S, not on the processes or the workers.
+A run has S sub-streams, independent sequences of rows; each gives its share of every batch. Process
+p of n reads sub-streams p S/n to (p + 1) S/n, so what is read depends on the seed and on S, not on
+the processes or the workers.
 """
 
 import collections
@@ -23,8 +24,9 @@ BINS = 32                              # rows filled at a time by first-fit pack
 class Reader:
   """An endless sequence of batches."""
 
-  def __init__(self, parts: tuple[Part, ...], *, length: int, rows: int, seed: int, packing_kind: str,
-               streams: int = 1, process: int = 0, processes: int = 1, workers: int = 0, shuffle: bool = True):
+  def __init__(self, parts: tuple[Part, ...], *, length: int, rows: int, seed: int,
+               packing_kind: str, streams: int = 1, process: int = 0, processes: int = 1,
+               workers: int = 0, shuffle: bool = True):
     """Reads one row of each part, so that a wrong field name is an error here.
 
     Args:
@@ -35,7 +37,8 @@ class Reader:
       shuffle: anew in every epoch.
     """
     if rows % streams or streams % processes:
-      raise ValueError(f'{rows} rows, {streams} streams, {processes} processes: each must divide the one before')
+      raise ValueError(f'{rows} rows, {streams} streams, {processes} processes: each must divide '
+                       'the one before')
     self._parts, self._seed, self._workers, self._shuffle = tuple(parts), seed, workers, shuffle
     self._length, self._rows, self._kind, self._streams = length, rows, packing_kind, streams
     self._mine = range(process * streams // processes, (process + 1) * streams // processes)
@@ -49,7 +52,8 @@ class Reader:
   def _stream(self, s: int) -> grain.DatasetIterator:
     source = mixture.elements(
         self._parts, seed=self._seed, stream=s, streams=self._streams, shuffle=self._shuffle)
-    kept = stream.Kept(stream.Elements(source, self._workers), sum(len(p.examples) for p in self._parts))
+    every = sum(len(p.examples) for p in self._parts)
+    kept = stream.Kept(stream.Elements(source, self._workers), every)
     packed = packing.pack(kept, self._kind, length=self._length, bins=BINS, seed=self._seed + s)
     batched = packed.batch(self._rows // self._streams, drop_remainder=True)
     return iter(packing.prefetch(batched, AHEAD))
@@ -60,7 +64,7 @@ class Reader:
     return {k: np.concatenate([share[k] for share in shares]) for k in shares[0]}
 
   def state(self) -> dict[str, Any]:
-    """Where the sub-streams of this process are, for JSON. What was prepared ahead does not count as read."""
+    """Where the sub-streams of this process are, for JSON; what is prepared ahead is not read."""
     return {str(s): packing.for_json(self._iterators[s].get_state()) for s in self._mine}
 
   def restore(self, state: dict[str, Any]):
@@ -73,14 +77,15 @@ class Reader:
       ValueError: a sub-stream of this process is missing.
     """
     if missing := [s for s in self._mine if str(s) not in state]:
-      raise ValueError(f'the saved place of the data has streams {sorted(state, key=int)}, not {missing}')
+      raise ValueError(f'the saved place of the data has streams {sorted(state, key=int)}, '
+                       f'not {missing}')
     for s in self._mine:
       self._iterators[s].close()
       self._iterators[s] = self._stream(s)
       self._iterators[s].set_state(packing.from_json(state[str(s)]))
 
   def dropped(self) -> dict[str, list]:
-    """{fault: [count, message of the first]} of the rows of this process that were dropped or cut."""
+    """{fault: [count, message of the first]} of this process's rows that were dropped or cut."""
     total = {}
     for state in self.state().values():
       for fault, (count, first) in stream.faults(state).items():
@@ -89,11 +94,12 @@ class Reader:
     return total
 
   def contract(self) -> dict[str, Any]:
-    """What the batches depend on, for JSON: to be stored with a state, and checked before it is restored."""
+    """What the batches depend on, for JSON: stored with a state, checked before it is restored."""
     if self._contract is None:
       self._contract = {
-          'format': FORMAT, 'seed': self._seed, 'shuffle': self._shuffle, 'streams': self._streams, 'rows': self._rows,
-          'length': self._length, 'packing': [self._kind, BINS if self._kind == 'fit' else 0],
+          'format': FORMAT, 'seed': self._seed, 'shuffle': self._shuffle, 'streams': self._streams,
+          'rows': self._rows, 'length': self._length,
+          'packing': [self._kind, BINS if self._kind == 'fit' else 0],
           'parts': {p.name: {'weight': p.weight} | p.examples.identity() for p in self._parts}}
     return self._contract
 
@@ -122,20 +128,25 @@ def merge(states: list[dict[str, Any]]) -> dict[str, Any]:
 
 def check(saved: Any, current: Any, field: str = ''):
   """Compares two contracts, nested dicts and lists; see Reader.check."""
-  nested = isinstance(saved, (dict, list)) and type(saved) is type(current)
-  if nested and len(saved) == len(current) and (isinstance(saved, list) or saved.keys() == current.keys()):
-    for key in saved if isinstance(saved, dict) else range(len(saved)):
-      check(saved[key], current[key], f'{field}.{key}' if field else str(key))
+  if isinstance(saved, list) and isinstance(current, list) and len(saved) == len(current):
+    keys = range(len(saved))
+  elif isinstance(saved, dict) and isinstance(current, dict) and saved.keys() == current.keys():
+    keys = saved
   elif saved != current:
-    raise ValueError(f'the data are not those of the saved run: {field or "contract"} was {saved!r}, is {current!r}')
+    raise ValueError(f'the data are not those of the saved run: {field or "contract"} '
+                     f'was {saved!r}, is {current!r}')
+  else:
+    return
+  for key in keys:
+    check(saved[key], current[key], f'{field}.{key}' if field else str(key))
 
 
 def once(examples: Any, *, length: int, rows: int, process: int = 0, processes: int = 1,
          dropped: collections.Counter | None = None) -> Iterator[dict[str, np.ndarray]]:
-  """Batches of everything, in order, as Reader.next gives them; the last is filled up with empty rows.
+  """Batches of everything, in order, as Reader.next gives them; the last ends with empty rows.
 
-  Texts longer than a row are cut into rows that overlap by one token, so that every token of a text but its first is
-  predicted once. Every process reads all and takes its rows.
+  Texts longer than a row are cut into rows that overlap by one token, so that every token of a text
+  but its first is predicted once. Every process reads all and takes its rows.
 
   Args:
     rows: of a batch, over all processes.

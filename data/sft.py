@@ -1,7 +1,8 @@
 """Rows of a source as examples: prompt and response, conversations, or whole documents.
 
-What the readers call examples has len(examples), examples.example(index, epoch), examples.in_order(), which gives
-(tokens, mask, whether they begin a text) once through, and examples.identity() for the data contract.
+What the readers call examples has len(examples), examples.example(index, epoch),
+examples.in_order(dropped), which gives (tokens, mask, whether they begin a text) once through, and
+examples.identity() for the data contract.
 """
 
 import collections
@@ -26,15 +27,16 @@ def element(tokens=(), mask=(), fault: str = '', why: str = '') -> dict:
     fault: what is counted: bad, long or truncated; '' for nothing.
     why: the message that goes with it.
   """
-  return {'tokens': np.asarray(tokens, np.int32), 'mask': np.asarray(mask, np.float32), 'fault': fault, 'why': why}
+  return {'tokens': np.asarray(tokens, np.int32), 'mask': np.asarray(mask, np.float32),
+          'fault': fault, 'why': why}
 
 
 class Examples:
   """One example per row."""
 
-  def __init__(self, rows: Rows, form: Format, tokenizer: Tokenizer, *, length: int, long: str = 'error',
-               skip_bad_rows: bool = False):
-    """long: what to do with more than `length` tokens: error, truncate, drop, or split (over several rows)."""
+  def __init__(self, rows: Rows, form: Format, tokenizer: Tokenizer, *, length: int,
+               long: str = 'error', skip_bad_rows: bool = False):
+    """long: what becomes of more than `length` tokens: error, truncate, drop; split over rows."""
     if long not in LONG:
       raise ValueError(f'long is {long!r}, wanted one of {LONG}')
     self._rows, self._form, self._tokenizer = rows, form, tokenizer
@@ -46,7 +48,8 @@ class Examples:
   def example(self, index: int, epoch: int) -> dict:
     del epoch                          # a row is the same every time
     try:
-      tokens, mask = fields.at(self._rows, index, lambda row: fields.example(row, self._form, self._tokenizer))
+      tokens, mask = fields.at(
+          self._rows, index, lambda row: fields.example(row, self._form, self._tokenizer))
     except ValueError as e:
       if self._skip:
         return element(fault='bad', why=str(e))
@@ -68,5 +71,6 @@ class Examples:
         yield found['tokens'], found['mask'], True
 
   def identity(self) -> dict:
-    return {'rows': len(self), 'source': self._rows.identity(), 'tokenizer': self._tokenizer.fingerprint(),
-            'format': dataclasses.asdict(self._form), 'long': self._long, 'skip_bad_rows': self._skip}
+    return {'rows': len(self), 'source': self._rows.identity(),
+            'tokenizer': self._tokenizer.fingerprint(), 'format': dataclasses.asdict(self._form),
+            'long': self._long, 'skip_bad_rows': self._skip}

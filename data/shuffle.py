@@ -8,7 +8,7 @@ ROUNDS = 6                             # of the Feistel network
 def permuted(index: int, size: int, key: str) -> int:
   """Where a permutation of range(size), drawn by the key, takes an index.
 
-  A Feistel network over the next even power of two, walked until it lands inside: no memory, at random access.
+  A Feistel network over the next even power of two, walked until it lands inside.
   """
   half = max(1, ((size - 1).bit_length() + 1) // 2)
   mask = (1 << half) - 1

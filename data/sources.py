@@ -1,6 +1,7 @@
-"""Rows: dicts at random places of JSON-lines and ArrayRecord files, or of a list. len(rows), rows[i], rows.where(i).
+"""Rows: dicts at random places of JSON-lines and ArrayRecord files, or of a list.
 
-`where` names a row for people: file and line. `identity` is what the data contract says about the rows.
+len(rows), rows[i]; rows.where(i) names a row for people, by file and line; rows.identity() is what
+the data contract says about them.
 """
 
 import bisect
@@ -55,7 +56,10 @@ class Lines:
 
 
 class Records:
-  """An ArrayRecord file of JSON objects. Its index is in memory, some 30 bytes a row: on disk it is 25 times slower."""
+  """An ArrayRecord file of JSON objects.
+
+  The format's own index is in memory, some 30 bytes a row; left on disk it is 25 times slower.
+  """
 
   def __init__(self, path: Path):
     self._path = path

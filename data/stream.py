@@ -1,7 +1,8 @@
-"""Stages between random access and packing: reading on from a number, in worker processes or not, and dropping rows.
+"""Stages between random access and packing: reading on from a number, by workers or not; dropping.
 
-The place of a sub-stream is the number of elements taken from it. It means the same for any number of workers, since
-elements are one to one with indices: what a row is dropped for travels with it and is counted here, after the workers.
+The place of a sub-stream is the number of elements taken from it. It means the same for any number
+of workers, since elements are one to one with indices: what a row is dropped for travels with it
+and is counted here, after the workers.
 """
 
 import grain
@@ -56,7 +57,7 @@ def _iterate(source: grain.MapDataset, workers: int) -> grain.DatasetIterator:
   elements = source.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
   if workers:
     if not flags.FLAGS.is_parsed():
-      flags.FLAGS.mark_as_parsed()     # grain's workers read flags, and programs here need not use them
+      flags.FLAGS.mark_as_parsed()     # grain's workers read flags; programs need not have any
     elements = elements.mp_prefetch(grain.multiprocessing.MultiprocessingOptions(
         num_workers=workers, per_worker_buffer_size=BUFFER))
   return iter(elements)
@@ -93,7 +94,8 @@ class _KeptIterator(grain.DatasetIterator):
         self._faults[fault] = [count + 1, first]
       if len(element['tokens']):
         return {'tokens': element['tokens'], 'mask': element['mask']}
-    raise ValueError(f'all of {self._limit} rows in succession were dropped; the last: {element["why"]}')
+    raise ValueError(f'all of {self._limit} rows in succession were dropped; '
+                     f'the last: {element["why"]}')
 
   def get_state(self):
     return {'parent': self._from.get_state(), 'faults': dict(self._faults)}

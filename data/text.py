@@ -1,8 +1,8 @@
-"""Plain text and token files for pre-training: windows of a file, or chunks of it for a tokenizer to read.
+"""Plain text and token files for pre-training: windows of a file, or chunks for a tokenizer.
 
-Where one byte or stored number is one token, an epoch is a tiling of the files by windows, from an offset drawn anew
-in every epoch. Other tokenizers read chunks that begin and end at line ends; packing joins and cuts what they give.
-N tokens or bytes of a section of a file, L tokens of a window.
+Where one byte or stored number is one token, an epoch is a tiling of the files by windows, from an
+offset drawn anew in every epoch. Other tokenizers read chunks that begin and end at line ends;
+packing joins and cuts what they give. L tokens of a window.
 """
 
 import bisect
@@ -38,11 +38,13 @@ class File:
 
   def read(self, start: int, stop: int) -> np.ndarray:
     """Ids of the items from start to stop, [stop - start] int32."""
-    width = np.dtype(self.dtype).itemsize
-    items = np.frombuffer(files.read(self.plain, self.header + width * start, self.header + width * stop), self.dtype)
+    begin, width = self.header, np.dtype(self.dtype).itemsize
+    found = files.read(self.plain, begin + width * start, begin + width * stop)
+    items = np.frombuffer(found, self.dtype)
     if self.vocab_size and (items.min() < 0 or items.max() >= self.vocab_size):
       at = int(np.argmax((items < 0) | (items >= self.vocab_size)))
-      raise ValueError(f'{self.path}: token {start + at} is {items[at]}, the vocabulary has {self.vocab_size}')
+      raise ValueError(f'{self.path}: token {start + at} is {items[at]}, '
+                       f'the vocabulary has {self.vocab_size}')
     return items.astype(np.int32) + self.shift
 
 
@@ -54,15 +56,19 @@ class Section:
   stop: int
 
   def identity(self) -> dict:
-    return files.identity(self.file.path) | {'dtype': self.file.dtype, 'from': self.start, 'to': self.stop}
+    place = {'dtype': self.file.dtype, 'from': self.start, 'to': self.stop}
+    return files.identity(self.file.path) | place
 
 
 def text_files(patterns: str | tuple[str, ...], tokenizer: Tokenizer, cache: str) -> list[File]:
   """Plain text files, also .gz and .zst."""
-  return [File(p, files.plain(p, cache), shift=tokenizer.byte_shift or 0) for p in files.expand(patterns)]
+  return [File(p, files.plain(p, cache), shift=tokenizer.byte_shift or 0)
+          for p in files.expand(patterns)]
 
 
-def token_files(patterns: str | tuple[str, ...], tokenizer: Tokenizer, dtype: str = '') -> list[File]:
+def token_files(
+    patterns: str | tuple[str, ...], tokenizer: Tokenizer, dtype: str = ''
+) -> list[File]:
   """.npy files of one dimension, and .bin files of bare numbers.
 
   Args:
@@ -78,8 +84,8 @@ def _token_file(path: Path, dtype: str, vocab_size: int) -> File:
   if path.suffix == '.npy':
     with open(path, 'rb') as f:
       try:
-        version = np.lib.format.read_magic(f)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        old = np.lib.format.read_magic(f) == (1, 0)
+        read = np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0
         shape, _, stored = read(f)
       except ValueError as e:
         raise ValueError(f'{path}: {e}') from e
@@ -89,10 +95,12 @@ def _token_file(path: Path, dtype: str, vocab_size: int) -> File:
   elif path.suffix == '.bin':
     beside = path.with_name(path.name + '.json')
     if not dtype and not beside.is_file():
-      raise ValueError(f'{path}: of what dtype? Give the option dtype, or write {beside.name} with {{"dtype": ..}}')
-    found = File(path, path, dtype or json.loads(beside.read_text())['dtype'], vocab_size=vocab_size)
+      raise ValueError(f'{path}: of what dtype? Give the option dtype, or write {beside.name} '
+                       'with {"dtype": "uint16"} or the like')
+    dtype = dtype or json.loads(beside.read_text())['dtype']
+    found = File(path, path, dtype, vocab_size=vocab_size)
   else:
-    raise ValueError(f'{path}: token files are {STORED}, or rows with a field of ids in .jsonl files')
+    raise ValueError(f'{path}: token files are {STORED}, or .jsonl files with a field of ids')
   if np.dtype(found.dtype).kind not in 'iu':
     raise ValueError(f'{path}: tokens of type {found.dtype}, wanted integers')
   return found
@@ -115,7 +123,8 @@ class Windows:
 
   def __init__(self, parts: list[Section], tokenizer: Tokenizer, *, length: int, seed: int):
     if length < 2 or all(p.stop - p.start < 2 for p in parts):
-      raise ValueError(f'{[str(p.file.path) for p in parts]}: rows of {length} tokens, nothing to predict')
+      names = [str(p.file.path) for p in parts]
+      raise ValueError(f'{names}: rows of {length} tokens, nothing to predict')
     self._parts, self._length, self._seed = parts, length, seed
     self._fingerprint = tokenizer.fingerprint()
     counts = []
@@ -148,12 +157,12 @@ class Windows:
         yield tokens, np.ones(len(tokens), np.float32), start == p.start
 
   def identity(self) -> dict:
-    return {'rows': len(self), 'source': [p.identity() for p in self._parts], 'tokenizer': self._fingerprint,
-            'window': self._length, 'seed': self._seed}
+    return {'rows': len(self), 'source': [p.identity() for p in self._parts],
+            'tokenizer': self._fingerprint, 'window': self._length, 'seed': self._seed}
 
 
 class Chunks:
-  """Text by about `chunk` bytes, tokenised when it is asked for. A file begins and ends like a document."""
+  """Text by about `chunk` bytes, tokenised when asked for. A file begins and ends as a document."""
 
   def __init__(self, parts: list[Section], tokenizer: Tokenizer, *, chunk: int = 1 << 14):
     self._parts, self._tokenizer, self._chunk = parts, tokenizer, chunk
@@ -192,8 +201,8 @@ class Chunks:
     try:
       text = files.read(file.plain, start, stop).decode()
     except UnicodeDecodeError as e:
-      raise ValueError(f'{file.path}: byte {start + e.start} is not UTF-8; only the tokenizer bytes reads '
-                       'everything') from e
+      raise ValueError(f'{file.path}: byte {start + e.start} is not UTF-8; only the tokenizer '
+                       'bytes reads everything') from e
     if start:
       found = self._tokenizer.encode_after(text)
     else:
@@ -201,7 +210,7 @@ class Chunks:
     return [*found, self._tokenizer.eos_id] if stop == file.size else found
 
   def _line(self, file: File, place: int) -> int:
-    """The first line that begins at or after a byte; the next character's place if there is none for a chunk."""
+    """Where a line begins, at or after a byte; a character, if no line does for a whole chunk."""
     if place in (0, file.size):
       return place
     found = files.read(file.plain, place - 1, place - 1 + self._chunk)

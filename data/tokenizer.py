@@ -1,4 +1,4 @@
-"""Text to token ids and back, without TensorFlow: bytes built in, tokenizer.json and SentencePiece by path."""
+"""Text to ids and back, without TensorFlow: bytes, tokenizer.json and SentencePiece files."""
 
 import functools
 import hashlib
@@ -16,7 +16,8 @@ PLAIN_CHAT = (
     "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}")
 
-EOS_NAMES = ('</s>', '<|endoftext|>', '<eos>', '<|end_of_text|>', '<|eot_id|>', '<|im_end|>', '[EOS]')
+EOS_NAMES = (
+    '</s>', '<|endoftext|>', '<eos>', '<|end_of_text|>', '<|eot_id|>', '<|im_end|>', '[EOS]')
 PAD_NAMES = ('<pad>', '<|pad|>', '<|padding|>', '<|finetune_right_pad_id|>', '[PAD]')
 BOS_NAMES = ('<s>', '<bos>', '<|begin_of_text|>', '[BOS]')
 
@@ -28,8 +29,8 @@ KEEP_SPACES = bytes.fromhex('1a0418002000')
 class Tokenizer(Protocol):
   """What every tokenizer offers. All of them pickle.
 
-  specials: {'eos_token': text, ...}: special tokens that `encode` recognises in text, by their name in chat
-    templates. Empty where special ids have no text.
+  specials: {'eos_token': text, ...}: special tokens that `encode` recognises in text, by their name
+    in chat templates. Empty where special ids have no text.
   byte_shift: the id of byte 0, where every byte is one token; None otherwise.
   """
   vocab_size: int
@@ -44,7 +45,7 @@ class Tokenizer(Protocol):
     """Ids of the text alone: nothing is put before or after it."""
 
   def encode_after(self, text: str) -> list[int]:
-    """Ids of text that continues other text: without the space some tokenizers put before a first word."""
+    """Ids of text that continues other text: without the space some put before a first word."""
 
   def decode(self, ids) -> str:
     """Text of the ids; special tokens have none."""
@@ -96,8 +97,8 @@ class Pieces:
     self._added = {t['id']: t['content'] for t in json.loads(self._text).get('added_tokens', ())}
     eos = _special('eos_token', config, EOS_NAMES, vocabulary, path)
     if eos is None:
-      raise ValueError(f'{path}: no end-of-sequence token: tokenizer_config.json beside it names no '
-                       f'eos_token, and the vocabulary has none of {EOS_NAMES}')
+      raise ValueError(f'{path}: no end-of-sequence token: tokenizer_config.json beside it names '
+                       f'no eos_token, and the vocabulary has none of {EOS_NAMES}')
     pad = _special('pad_token', config, PAD_NAMES, vocabulary, path) or eos
     bos = _special('bos_token', config, BOS_NAMES, vocabulary, path)
     if 'bos_token' in config and config['bos_token'] is None:
@@ -138,8 +139,9 @@ class Pieces:
       fallback = 'ByteFallback' in kinds
       piece_bytes = lambda piece: _space_piece_bytes(piece, fallback)
     else:
-      raise ValueError(f'{self._path}: the bytes of a token are known for byte-level, byte-fallback and '
-                       f'metaspace decoders, not for {sorted(kinds) or "none"}')
+      raise ValueError(f'{self._path}: the bytes of a token are known for byte-level, '
+                       'byte-fallback and metaspace decoders, not for '
+                       f'{sorted(kinds) or "none"}')
     result = [b''] * self.vocab_size
     for piece, i in self._tokenizer.get_vocab(with_added_tokens=True).items():
       result[i] = self._added[i].encode() if i in self._added else piece_bytes(piece)
@@ -204,14 +206,18 @@ def load(name: str, chat_template: str = '') -> Tokenizer:
   """A tokenizer by name.
 
   Args:
-    name: 'bytes', a tokenizer.json, a SentencePiece *.model, or a folder with one of the two. What lies beside a
-      tokenizer.json is used: tokenizer_config.json (special tokens, chat template), chat_template.jinja.
-    chat_template: a file with a Jinja template to use instead of the tokenizer's own; '' for its own.
+    name: 'bytes', a tokenizer.json, a SentencePiece *.model, or a folder with one of the two. What
+      lies beside a tokenizer.json is used: tokenizer_config.json (special tokens, chat template),
+      chat_template.jinja.
+    chat_template: a file with a Jinja template instead of the tokenizer's own; '' for its own.
 
   Raises:
-    ValueError: nothing usable at that path, or a special token is missing; says what was looked for.
+    ValueError: nothing usable at that path, or a special token is missing; says what was looked
+      for.
   """
-  template = _read(Path(chat_template), 'chat template') if chat_template else None
+  if chat_template and not Path(chat_template).is_file():
+    raise ValueError(f'chat template: there is no file {chat_template}')
+  template = Path(chat_template).read_text() if chat_template else None
   if name == 'bytes':
     return Bytes(template)
   path = Path(name).expanduser()
@@ -219,36 +225,35 @@ def load(name: str, chat_template: str = '') -> Tokenizer:
     found = [path / f for f in ('tokenizer.json', 'tokenizer.model') if (path / f).is_file()]
     found = found or sorted(path.glob('*.model'))
     if len(found) == 0:
-      raise ValueError(f'tokenizer {name!r}: the folder has neither tokenizer.json nor a *.model file')
+      raise ValueError(f'tokenizer {name!r}: the folder has neither tokenizer.json nor a *.model '
+                       'file')
     path = found[0]
   if not path.is_file():
-    raise ValueError(f"tokenizer {name!r}: wanted 'bytes', a tokenizer.json, a SentencePiece *.model file or a "
-                     'folder with one; there is no such file')
+    raise ValueError(f"tokenizer {name!r}: wanted 'bytes', a tokenizer.json, a SentencePiece "
+                     '*.model file or a folder with one; there is no such file')
   beside = path.parent / 'chat_template.jinja'
   if template is None and beside.is_file():
-    template = _read(beside, 'chat template')
+    template = beside.read_text()
   if path.suffix == '.model':
     return SentencePiece(path, template)
   if path.suffix != '.json':
     raise ValueError(f'tokenizer {name!r}: wanted a tokenizer.json or a *.model file')
-  config = path.parent / 'tokenizer_config.json'
-  return Pieces(path, json.loads(_read(config, 'tokenizer config')) if config.is_file() else {}, template)
+  beside = path.parent / 'tokenizer_config.json'
+  config = json.loads(beside.read_text()) if beside.is_file() else {}
+  return Pieces(path, config, template)
 
 
-def _read(path: Path, what: str) -> str:
-  if not path.is_file():
-    raise ValueError(f'{what}: there is no file {path}')
-  return path.read_text()
-
-
-def _special(name: str, config: dict, usual: tuple[str, ...], vocabulary: dict, path: Path) -> str | None:
+def _special(
+    name: str, config: dict, usual: tuple[str, ...], vocabulary: dict, path: Path
+) -> str | None:
   """The text of a special token, from the config or by its usual names; None if there is none."""
   named = config.get(name)
   if isinstance(named, dict):
     named = named['content']
   if named is not None:
     if named not in vocabulary:
-      raise ValueError(f'{path}: tokenizer_config.json names {name} {named!r}, which is not in the vocabulary')
+      raise ValueError(f'{path}: tokenizer_config.json names {name} {named!r}, which is not in the '
+                       'vocabulary')
     return named
   return next((n for n in usual if n in vocabulary), None)
 
@@ -265,18 +270,20 @@ def _flat(node: dict | None, children: str) -> list[dict]:
   """The members of a possibly nested Sequence of a tokenizer.json."""
   if node is None:
     return []
-  return [x for n in node[children] for x in _flat(n, children)] if node['type'] == 'Sequence' else [node]
+  if node['type'] != 'Sequence':
+    return [node]
+  return [x for n in node[children] for x in _flat(n, children)]
 
 
 def _byte_characters() -> list[str]:
-  """The character that stands for each byte in byte-level BPE: printable Latin-1 as it is, others from U+0100 on."""
+  """The character for each byte in byte-level BPE: printable Latin-1 itself, others from U+0100."""
   plain = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
   rest = iter(range(0x100, 0x200))
   return [chr(b if b in plain else next(rest)) for b in range(256)]
 
 
 def _space_piece_bytes(piece: str, byte_fallback: bool) -> bytes:
-  """The bytes of a piece that writes a space as U+2581 and, with byte_fallback, a byte as <0xAB>."""
+  """The bytes of a piece that has U+2581 for a space and, with byte_fallback, <0xAB> for a byte."""
   if byte_fallback and (match := re.fullmatch('<0x([0-9A-F]{2})>', piece)):
     return bytes.fromhex(match[1])
   return piece.replace('\u2581', ' ').encode()

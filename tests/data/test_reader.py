@@ -113,13 +113,14 @@ def test_resuming_is_exact(case, after):
   first = make(**CASES[case])
   take(first, after)
   state, dropped = json.loads(json.dumps(first.state())), first.dropped()
-  rest = take(first, 9)
+  rest, dropped_then = take(first, 9), first.dropped()
   first.close()
   second = make(**CASES[case])
   second.restore(state)
   assert second.state() == state
   assert second.dropped() == dropped
   same(take(second, 9), rest)
+  assert second.dropped() == dropped_then
   second.restore(state)                                  # also on a reader that has run
   same(take(second, 3), rest[:3])
   second.close()
