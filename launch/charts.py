@@ -73,7 +73,8 @@ def thinned(values: np.ndarray, points: int = POINTS) -> np.ndarray:
 
 
 def draw(title: str, series: Sequence[Series], spans: Sequence[Span] = (),
-         marks: Sequence[tuple[int, int]] = (), log: bool = False, percent: bool = False) -> str:
+         marks: Sequence[tuple[int, int]] = (), log: bool = False, percent: bool = False,
+         crop: bool = False) -> str:
   """The SVG element of a chart.
 
   Args:
@@ -81,6 +82,7 @@ def draw(title: str, series: Sequence[Series], spans: Sequence[Span] = (),
     marks: (step, color) of dotted lines.
     log: logarithmic values, if all are positive.
     percent: values are shares of 1.
+    crop: a few values far above all others, as of steps that compile, may leave the chart.
   """
   with matplotlib.rc_context(STYLE):
     figure = Figure(figsize=(WIDTH, HEIGHT), layout='constrained')
@@ -94,6 +96,8 @@ def draw(title: str, series: Sequence[Series], spans: Sequence[Span] = (),
       axes.set_yscale('log')
     else:
       _format(axes, shown, percent)
+    if crop and len(shown) >= 20 and shown.max() > 2 * (top := 1.2 * np.quantile(shown, 0.95)) > 0:
+      axes.set_ylim(-0.03 * top, top)
     _decorate(axes, series, spans, marks)
     file = io.StringIO()
     figure.savefig(file, format='svg', transparent=True, metadata={

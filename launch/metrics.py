@@ -24,6 +24,7 @@ from typing import Any, TextIO
 
 METRICS, SAMPLES, WARNINGS = 'metrics.jsonl', 'samples.jsonl', 'warnings.jsonl'
 RESERVED = ('step', 'time', 'phase')
+SIZES = ('eval/problems', 'eval/tokens')    # how much was evaluated, no result
 NOT_FINITE = {'nan': math.nan, 'inf': math.inf, '-inf': -math.inf}
 SECONDS_BETWEEN_LINES = 5.0           # where the line cannot be written over
 LOGS_OF_SPEED = 20                    # the time left is estimated from this many logs
@@ -193,7 +194,7 @@ class Line:
         parts.append(f'{name} {values[name]:.4g}')
         break
     parts += [f'{name.replace("/", " ")} {value:.4g}' for name, value in values.items()
-              if name.startswith('eval/')]
+              if name.startswith('eval/') and name not in SIZES]
     if 'tokens_per_second' in values:
       parts.append(f'{short(values["tokens_per_second"])} tokens/s')
     if math.isfinite(values.get('mfu', math.nan)):

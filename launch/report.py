@@ -33,6 +33,7 @@ class Chart:
   log: bool = False
   percent: bool = False
   smooth: bool = True
+  crop: bool = False
 
 
 CHARTS = (
@@ -42,17 +43,17 @@ CHARTS = (
     Chart('Learning', 'Reward components', ('reward/*',)),
     Chart('Learning', 'Loss', ('loss', 'eval/loss')),
     Chart('Policy', 'Entropy', ('entropy',)),
-    Chart('Policy', 'KL', ('kl', 'kl/*', 'sampler_kl', '*/kl')),
+    Chart('Policy', 'KL', ('kl', 'kl/*', '*/kl', '*/kl_*')),
     Chart('Policy', 'Response length', ('response_length', 'eval/response_length')),
     Chart('Policy', 'Cut off at the limit', ('truncated', 'eval/truncated'), percent=True),
     Chart('Policy', 'Clip fraction', ('clip_fraction', '*/clip_fraction'), percent=True),
     Chart('Policy', 'Groups with a signal', ('groups_with_signal',), percent=True),
-    Chart('Policy', 'Sampler against trainer', ('parity/*',), log=True),
+    Chart('Policy', 'Sampler against trainer', ('parity', 'parity/*'), log=True),
     Chart('Optimiser', 'Gradient norm', ('grad_norm',), log=True),
     Chart('Optimiser', 'Learning rate', ('learning_rate',), smooth=False),
     Chart('Speed', 'Tokens per second', ('tokens_per_second',)),
     Chart('Speed', 'Model FLOP utilisation', ('mfu',), percent=True),
-    Chart('Speed', 'Seconds', ('seconds', 'time/*')),
+    Chart('Speed', 'Seconds', ('seconds', 'time/*'), crop=True),
 )
 
 
@@ -95,7 +96,7 @@ def comparison(runs: Sequence[Run]) -> list[list[str]]:
   found: dict[tuple[str, str], dict[str, list[str]]] = {}
   order = [span.name for run in runs for span in run.phases]
   for run in runs:
-    names = [n for n in run.values if n.startswith('eval/') and n != 'eval/problems']
+    names = [n for n in run.values if n.startswith('eval/') and n not in metrics.SIZES]
     for name in names or [n for n in ('reward', 'loss') if n in run.values]:
       for phase in dict.fromkeys(run.values[name][2]):
         if row := _first_last_best(run, name, phase):
@@ -217,7 +218,7 @@ def compose(runs: Sequence[Run]) -> str:
     series = [s for i, run in enumerate(runs) for j, name in enumerate(names)
               for s in pieces(run, name, i if len(runs) > 1 else j,
                               chart.smooth and not re.search(history.COUNTS, name))]
-    svg = charts.draw(chart.title, series, spans, marks, chart.log, chart.percent)
+    svg = charts.draw(chart.title, series, spans, marks, chart.log, chart.percent, chart.crop)
     legend = list(zip(names, range(len(names)))) if len(runs) == 1 and len(names) > 1 else []
     drawn.setdefault(chart.section, []).append(page.figure(chart.title, svg, legend))
   parts = [page.heading(runs[0].name if len(runs) == 1 else f'{len(runs)} runs', facts(runs))]

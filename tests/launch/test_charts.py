@@ -93,6 +93,15 @@ def test_logarithms_only_where_they_exist():
   assert '0.0100' in written([*decades, 0.0])                    # has no logarithm: plain numbers
 
 
+@pytest.mark.parametrize('spikes, crop, top', [(1, True, 1), (1, False, 50), (20, True, 50)])
+def test_a_few_spikes_may_leave_the_chart(spikes, crop, top):
+  values = np.ones(100)
+  values[:spikes] = 50
+  series = Series(10_000 + 100 * np.arange(100), values, 0, smooth=False)
+  labels = [t for t in texts(charts.draw('t', [series], crop=crop)) if not t.endswith('k')]
+  assert max(map(float, labels)) == pytest.approx(top, rel=0.25)
+
+
 def test_shares_are_percentages():
   assert '50 %' in texts(charts.draw('t', [line([0.0, 0.5, 1.0], points=True)], percent=True))
 

@@ -192,8 +192,8 @@ def test_the_live_line_shows_where_the_run_is(tmp_path, monkeypatch):
   assert second == 'rl 110/500  reward 0.5  12.3k tokens/s  MFU 41.2%  ETA 13m 00s'
   logger.log(111, {'loss': 0.1}, phase='rl')                     # shorter: the rest is wiped
   assert len(stream.getvalue().split('\r')[-1]) == len(second)
-  logger.log(112, {'reward': 0.5, 'eval/accuracy': 0.625}, phase='rl')
-  assert 'eval accuracy 0.625' in stream.getvalue().split('\r')[-1]
+  logger.log(112, {'reward': 0.5, 'eval/accuracy': 0.625, 'eval/problems': 512}, phase='rl')
+  assert 'reward 0.5  eval accuracy 0.625  ETA' in stream.getvalue().split('\r')[-1]
   assert stream.getvalue().endswith('\n')                        # stays
   logger.close()
 

@@ -118,8 +118,9 @@ def test_every_metric_is_on_the_page_once(tmp_path, number):
 
 def test_known_metrics_have_their_place():
   names = ['reward', 'reward/exact', 'eval/pass@8', 'kl', 'entropy', 'response_length', 'grad_norm',
-           'clip_fraction', 'parity/mean', 'parity/max', 'groups_with_signal', 'truncated', 'mfu',
-           'tokens_per_second', 'learning_rate', 'time/collect', 'accuracy']
+           'policy/clip_fraction', 'policy/kl_from_old', 'parity', 'parity/max', 'truncated',
+           'groups_with_signal', 'mfu', 'tokens_per_second', 'learning_rate', 'time/collect',
+           'accuracy']
   values = {name: (np.arange(2), np.arange(2.0), ['', '']) for name in names}
   run = history.Run('run', Path(), [{'step': 0}], values, [], [], [], {})
   other = [names for chart, names in report.groups([run]) if chart.section == 'Other']
