@@ -37,7 +37,7 @@ def test_number_looks_at_the_form_alone(response, expected):
 
 
 @pytest.mark.parametrize('response, expected', [
-    ('12', 1), ('1a2b', 0.5), ('ab', 0), ('', 0), ('²', 0)])
+    ('0123456789', 1), ('1a2b', 0.5), ('ab', 0), ('', 0), ('²', 0)])
 def test_digits(response, expected):
   assert simple.digits('', response, {}) == expected
 
@@ -45,7 +45,7 @@ def test_digits(response, expected):
 @pytest.mark.parametrize('response, answer, expected', [
     ('so it is\n#### 72', '48/2=24\n#### 72', 1), ('#### 72', '#### 73', 0),
     ('#### 1,234', '1234', 1), ('#### 1234', '#### 1,234', 1), ('#### $1,234.50', '1234.5', 1),
-    ('#### 72 apples', '72', 1), ('#### 72.', '72', 1), ('#### \N{MINUS SIGN}5', '-5', 1),
+    ('#### 72 apples', '72', 1), ('#### 72.', '72', 1), ('so it is \N{MINUS SIGN}5', '-5', 1),
     ('#### 7\n#### 8', '8', 1), ('#### 8\n#### 7', '8', 0), ('#### 5', '50', 0),
     ('\\boxed{\\frac{1}{2}}', '0.5', 1), ('\\boxed{1}, no, \\boxed{2}', '2', 1),
     ('#### 3 \\boxed{4}', '4', 1), ('\\boxed{\\sqrt{8}}', '2\\sqrt{2}', 1),
@@ -214,8 +214,8 @@ def test_cheap_rewards_need_no_process():
 
 def test_workers_stay_small_and_import_neither_the_script_nor_jax(tmp_path):
   mine = tmp_path / 'mine.py'
-  mine.write_text('import os, sys\ndef reward(p, r, row):\n  return float('
-                  '"jax" in sys.modules) + 2 * (os.environ["JAX_PLATFORMS"] != "cpu")\n')
+  mine.write_text('import os, sys\ndef reward(p, r, row):\n'
+                  '  return 7 + ("jax" in sys.modules) + 2 * (os.getenv("JAX_PLATFORMS") != "cpu")\n')
   script = tmp_path / 'script.py'
   script.write_text(textwrap.dedent(f"""
       import sys
@@ -227,7 +227,7 @@ def test_workers_stay_small_and_import_neither_the_script_nor_jax(tmp_path):
   """))
   environment = {k: v for k, v in os.environ.items() if k != 'JAX_PLATFORMS'}
   done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment)
-  assert done.stdout.split('\n') == ['imported', '[0.0] False', ''], done.stderr
+  assert done.stdout.split('\n') == ['imported', '[7.0] False', ''], done.stderr
 
 
 def alive(pid):
