@@ -33,7 +33,8 @@ def metaspace(folder, config=None):
   made = tokenizers.Tokenizer(models.BPE(byte_fallback=True, unk_token='<unk>', fuse_unk=True))
   made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme='first', split=False)
   made.decoder = decoders.Sequence([
-      decoders.Replace('▁', ' '), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(' ', 1, 0)])
+      decoders.Replace('▁', ' '), decoders.ByteFallback(), decoders.Fuse(),
+      decoders.Strip(' ', 1, 0)])
   # 'split=False' would learn whole lines: train on words.
   words = [w for line in corpus() for w in line.split()]
   made.train_from_iterator(words, trainers.BpeTrainer(
@@ -55,8 +56,8 @@ def write(made, folder, config):
 def piece_model(path, **options):
   out = io.BytesIO()
   sentencepiece.SentencePieceTrainer.train(
-      sentence_iterator=iter(corpus()), model_writer=out, vocab_size=320, model_type='bpe', byte_fallback=True,
-      hard_vocab_limit=False, minloglevel=2, **options)
+      sentence_iterator=iter(corpus()), model_writer=out, vocab_size=320, model_type='bpe',
+      byte_fallback=True, hard_vocab_limit=False, minloglevel=2, **options)
   path.write_bytes(out.getvalue())
   return path
 
@@ -67,6 +68,6 @@ def write_rows(path, rows):
 
 
 def write_bytes(path, content):
-  pack = {'.gz': gzip.compress, '.zst': zstandard.ZstdCompressor().compress}.get(path.suffix, lambda b: b)
-  path.write_bytes(pack(content))
+  pack = {'.gz': gzip.compress, '.zst': zstandard.ZstdCompressor().compress}
+  path.write_bytes(pack.get(path.suffix, bytes)(content))
   return str(path)

@@ -1,4 +1,4 @@
-"""Chat templates: the loss mask covers what the assistant said and nothing else, by hand for several templates."""
+"""Chat templates: the mask covers what the assistant said and nothing else, worked out by hand."""
 
 import pytest
 
@@ -6,18 +6,20 @@ from data import chat, tokenizer
 from data_samples import byte_level
 
 CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] "
+    "+ '<|im_end|>' + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 
 LLAMA3 = (
-    "{% for message in messages %}{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'"
-    " + message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}{% set content = bos_token + content %}"
-    "{% endif %}{{ content }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}")
+    "{% for message in messages %}{% set content = '<|start_header_id|>' + message['role'] + "
+    "'<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' %}"
+    "{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}"
+    "{{ content }}{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}")
 
 BLOCKS = (
     "{% for message in messages %}\n<{{ message.role }}>\n"
-    "{% if message.role == 'assistant' %}{% generation %}{{ message.content }};{% endgeneration %}\n"
+    "{% if message.role == 'assistant' %}"
+    "{% generation %}{{ message.content }};{% endgeneration %}\n"
     "{% else %}{{ message.content }};{% endif %}\n{% endfor %}")
 
 TALK = [
@@ -71,7 +73,8 @@ def test_chatml_by_hand():
   made = Marked(CHATML, '<|im_end|>', '<|im_start|>')
   ids, mask = chat.encode(made, TALK)
   assert made.spell(ids) == (
-      '<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n2<|im_end|>\n'
+      '<|im_start|>system\nBe brief.<|im_end|>\n'
+      '<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n2<|im_end|>\n'
       '<|im_start|>user\nSure?<|im_end|>\n<|im_start|>assistant\nYes.<|im_end|>\n')
   assert said(made, ids, mask) == ['2<|im_end|>', 'Yes.<|im_end|>']
   assert sum(mask) == 2 + 5 and set(mask) == {0, 1}
@@ -92,13 +95,14 @@ def test_llama3_by_hand():
 def test_generation_blocks_say_what_is_trained_on():
   made = Marked(BLOCKS, '<|eot_id|>')
   ids, mask = chat.encode(made, TALK)
-  assert made.spell(ids) == '<system>\nBe brief.;<user>\n1+1?;<assistant>\n2;<user>\nSure?;<assistant>\nYes.;'
+  assert made.spell(ids) == (
+      '<system>\nBe brief.;<user>\n1+1?;<assistant>\n2;<user>\nSure?;<assistant>\nYes.;')
   assert said(made, ids, mask) == ['2;', 'Yes.;']
 
 
 def test_a_generation_block_is_taken_to_its_end():
-  made = Marked("{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content + eos_token + ' ok' }}"
-                "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}", '<|eot_id|>')
+  made = Marked("{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}"
+                "{{ m.content + eos_token + ' ok' }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}", '<|eot_id|>')
   ids, mask = chat.encode(made, TALK)
   assert said(made, ids, mask) == ['2<|eot_id|> ok', 'Yes.<|eot_id|> ok']
 
@@ -151,18 +155,19 @@ def test_an_end_among_the_sampled_ids_is_not_doubled():
 
 
 def test_a_trained_byte_level_tokenizer_agrees_with_encoding_the_whole_text(tmp_path):
-  made = tokenizer.load(str(byte_level(tmp_path / 'bpe', {'eos_token': '<|im_end|>', 'chat_template': CHATML})))
+  config = {'eos_token': '<|im_end|>', 'chat_template': CHATML}
+  made = tokenizer.load(str(byte_level(tmp_path / 'bpe', config)))
   ids, mask = chat.encode(made, TALK)
   assert ids == made.encode(chat.render(made, TALK, False))
   assert made.decode([i for i, m in zip(ids, mask) if m]) == '2Yes.'
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused():
-  forgetful = ("{% for m in messages %}{{ m.role }}:{% if loop.last or m.role == 'user' %}{{ m.content }}{% endif %};"
-               "{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}")
+  forgetful = ("{% for m in messages %}{{ m.role }}:{% if loop.last or m.role == 'user' %}"
+               "{{ m.content }}{% endif %};{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}")
   made = tokenizer.Bytes(forgetful)
   chat.encode(made, TALK[1:3])
-  with pytest.raises(ValueError, match='message 2: the chat template writes the text up to this answer differently'):
+  with pytest.raises(ValueError, match='message 2: .* writes the text up to this answer differently'):
     chat.encode(made, TALK)
 
 
@@ -195,7 +200,7 @@ def test_templates_run_in_a_sandbox_and_their_errors_are_said(template, complain
 
 def test_templates_find_what_hugging_face_offers():
   made = tokenizer.Bytes("{{ {'b': 'é', 'a': 1} | tojson }} {{ strftime_now('%d %b %Y') }}"
-                         "{% for m in messages %}{% if m.role == 'user' %}{% continue %}{% endif %}{{ m.content }}"
-                         "{% endfor %}{{ tools[0].name }}")
+                         "{% for m in messages %}{% if m.role == 'user' %}{% continue %}{% endif %}"
+                         "{{ m.content }}{% endfor %}{{ tools[0].name }}")
   text = chat.render(made, TALK[1:3], False, tools=[{'name': 'sum'}])
   assert text == '{"b": "é", "a": 1} 26 Jul 20242sum'

@@ -29,7 +29,8 @@ def test_split_by_hand():
   assert [r['tokens'].tolist() for r in rows] == [[5, 6, 7, 8], [1, 9, 10, 1]]
   assert [r['segments'].tolist() for r in rows] == [[1, 1, 1, 1], [1, 2, 2, 2]]
   assert [r['positions'].tolist() for r in rows] == [[0, 1, 2, 3], [0, 0, 1, 2]]
-  assert [r['mask'].tolist() for r in rows] == [[0, 1, 1, 1], [0, 0, 1, 1]]      # never a segment's first
+  # Never the first of a segment, not even of one that goes on from the row before.
+  assert [r['mask'].tolist() for r in rows] == [[0, 1, 1, 1], [0, 0, 1, 1]]
 
 
 def test_pad_by_hand():
@@ -67,8 +68,8 @@ def test_first_fit_keeps_rows_whole_and_their_masks():
 
 
 def test_windows_overlap_by_one_within_a_text():
-  texts = [(np.arange(5), np.ones(5), True), (np.arange(5, 8), np.ones(3), False), (np.arange(50, 53), np.ones(3), True),
-           (np.array([7]), np.ones(1), True)]
+  texts = [(np.arange(5), np.ones(5), True), (np.arange(5, 8), np.ones(3), False),
+           (np.arange(50, 53), np.ones(3), True), (np.array([7]), np.ones(1), True)]
   cut = [t.tolist() for t, _ in packing.windows(texts, 4)]
   assert cut == [[0, 1, 2, 3], [3, 4, 5, 6], [6, 7], [50, 51, 52]]
 

@@ -1,4 +1,4 @@
-"""Prompts for RL: random access, shuffled epochs, long and malformed rows, and no grain on the way."""
+"""Prompts for RL: random access, shuffled epochs, long and malformed rows, and no need of grain."""
 
 import collections
 import json
@@ -20,13 +20,15 @@ ROWS = [{'question': f'{i}+{i}?', 'answer': str(2 * i)} for i in range(10)]
 
 
 def make(rows=ROWS, **options):
-  return Prompts(sources.Listed(rows, 'list'), BYTES, **{'form': FORM, 'max_prompt': 20, 'seed': 1} | options)
+  options = {'form': FORM, 'max_prompt': 20, 'seed': 1} | options
+  return Prompts(sources.Listed(rows, 'list'), BYTES, **options)
 
 
 def test_a_prompt_has_its_text_its_ids_and_the_fields_of_its_row():
   (one,) = make(shuffle=False).take(13, 1)
   text = 'Q: 3+3?\nA: '
-  assert one == {'question': '3+3?', 'answer': '6', 'prompt': text, 'tokens': tuple(BYTES.encode(text)), 'row_id': 3}
+  assert one == {'question': '3+3?', 'answer': '6', 'prompt': text, 'row_id': 3,
+                 'tokens': tuple(BYTES.encode(text))}
 
 
 def test_what_is_taken_depends_on_the_cursor_alone():
@@ -58,10 +60,12 @@ def test_the_shuffle_leaves_no_trace_of_the_order():
 
 
 def test_conversations_are_asked_for_their_last_answer():
-  talk = [{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'b'}, {'role': 'user', 'content': 'c'}]
+  talk = [{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'b'},
+          {'role': 'user', 'content': 'c'}]
   rows = [{'messages': talk}, {'messages': [*talk, {'role': 'assistant', 'content': 'd'}]}]
   made = make(rows, form=Format(kind='chat'), max_prompt=99)
-  assert made.row(0)['prompt'] == made.row(1)['prompt'] == 'user: a\nassistant: b\nuser: c\nassistant: '
+  assert made.row(0)['prompt'] == 'user: a\nassistant: b\nuser: c\nassistant: '
+  assert made.row(1)['prompt'] == made.row(0)['prompt']
   assert made.row(0)['tokens'] == made.row(1)['tokens']
   assert made.row(0)['tokens'].count(BYTES.eos_id) == 1                # ends the first answer
 

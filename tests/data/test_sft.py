@@ -9,11 +9,12 @@ from data.fields import Format
 from data_samples import piece_model, write_rows
 
 BYTES = tokenizer.load('bytes')
-GSM = Format(kind='problem', prompt='question', response='answer', prompt_template='Q: {prompt}\nA: ')
+GSM = Format(prompt='question', response='answer', prompt_template='Q: {prompt}\nA: ')
 
 
 def examples(rows, form=GSM, length=64, **options):
-  return build.of_rows(sources.Listed(rows, 'list'), options.pop('made', BYTES), form=form, length=length, **options)
+  made = options.pop('made', BYTES)
+  return build.of_rows(sources.Listed(rows, 'list'), made, form=form, length=length, **options)
 
 
 def test_only_the_response_and_its_end_are_learnt():
@@ -76,7 +77,8 @@ def test_a_malformed_row_is_named_with_file_line_and_field(tmp_path, row, compla
   found = build.examples(path, BYTES, form=GSM, length=64, seed=0, cache=str(tmp_path))
   with pytest.raises(ValueError, match=f'{path}:2: {complaint}'):
     found.example(1, 0)
-  skipping = build.examples(path, BYTES, form=GSM, length=64, seed=0, cache=str(tmp_path), skip_bad_rows=True)
+  skipping = build.examples(path, BYTES, form=GSM, length=64, seed=0, cache=str(tmp_path),
+                            skip_bad_rows=True)
   bad = skipping.example(1, 0)
   assert len(bad['tokens']) == 0 and bad['fault'] == 'bad' and f'{path}:2' in bad['why']
 

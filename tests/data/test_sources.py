@@ -1,4 +1,4 @@
-"""Rows of files: which rows there are, where they stand, what is wrong with them, and that no file is read whole."""
+"""Rows of files: which there are, where they stand, what is wrong; and no file is read whole."""
 
 import json
 import multiprocessing
@@ -25,7 +25,7 @@ def test_rows_of_lines_plain_and_packed(tmp_path, name):
 
 
 def test_blank_lines_are_no_rows_but_count_as_lines(tmp_path):
-  path = write_bytes(tmp_path / 'a.jsonl', b'\n{"n": 1}\r\n  \n\n{"n": 2}')      # no line end at the end
+  path = write_bytes(tmp_path / 'a.jsonl', b'\n{"n": 1}\r\n  \n\n{"n": 2}')
   rows = sources.load(path, str(tmp_path))
   assert [rows[i]['n'] for i in range(len(rows))] == [1, 2]
   assert [rows.where(i).split(':')[-1] for i in range(2)] == ['2', '5']
@@ -54,7 +54,8 @@ def test_rows_of_array_records(tmp_path):
 
 def test_a_section_and_the_rest_are_the_whole(tmp_path):
   rows = sources.load(write_rows(tmp_path / 'a.jsonl', ROWS), str(tmp_path))
-  parts = [sources.Section(rows, *sources.split(len(rows), 0.3, side)) for side in ('train', 'heldout')]
+  ends = [sources.split(len(rows), 0.3, side) for side in ('train', 'heldout')]
+  parts = [sources.Section(rows, *e) for e in ends]
   assert [len(p) for p in parts] == [4, 3]
   assert [p[i] for p in parts for i in range(len(p))] == ROWS
   assert parts[1].where(0).endswith(':5')
@@ -111,7 +112,8 @@ def test_a_pattern_without_files_is_named(tmp_path):
 
 @pytest.mark.parametrize('suffix', ['.gz', '.zst'])
 def test_a_packed_file_that_breaks_off_is_an_error_and_leaves_nothing(tmp_path, suffix):
-  path = Path(write_bytes(tmp_path / ('a.jsonl' + suffix), b''.join(b'{"n": %d}\n' % (i * i) for i in range(5000))))
+  lines = b''.join(b'{"n": %d}\n' % (i * i) for i in range(5000))
+  path = Path(write_bytes(tmp_path / ('a.jsonl' + suffix), lines))
   path.write_bytes(path.read_bytes()[:-200])
   with pytest.raises(ValueError, match='cannot be unpacked'):
     sources.load(str(path), str(tmp_path / 'cache'))
@@ -131,7 +133,8 @@ def test_a_changed_file_gets_a_new_index(tmp_path):
   path = tmp_path / 'a.jsonl'
   first = sources.load(write_rows(path, ROWS), str(tmp_path / 'cache'))
   before = first.identity()
-  changed = sources.load(write_rows(path, ROWS[::-1]), str(tmp_path / 'cache'))      # of the same size
+  same_size = ROWS[::-1]
+  changed = sources.load(write_rows(path, same_size), str(tmp_path / 'cache'))
   assert changed[0] == ROWS[6]
   assert changed.identity() != before
   assert len(list((tmp_path / 'cache').iterdir())) == 2
@@ -158,7 +161,8 @@ def test_several_processes_may_build_an_index_at_once(tmp_path):
   path = write_rows(tmp_path / 'a.jsonl.gz', [{'n': i} for i in range(20000)])
   context = multiprocessing.get_context('fork')
   done = context.Queue()
-  workers = [context.Process(target=build_index, args=(path, str(tmp_path / 'cache'), done)) for _ in range(4)]
+  arguments = (path, str(tmp_path / 'cache'), done)
+  workers = [context.Process(target=build_index, args=arguments) for _ in range(4)]
   for w in workers:
     w.start()
   assert [done.get(timeout=60) for _ in workers] == [20000] * 4
@@ -174,7 +178,8 @@ def test_a_copy_reads_the_same_file(tmp_path):
 
 def lines_of(megabytes):
   rng = random.Random(0)
-  return b''.join(b'{"text": "%s"}\n' % rng.randbytes(500).hex().encode() for _ in range(megabytes * 1000))
+  return b''.join(b'{"text": "%s"}\n' % rng.randbytes(500).hex().encode()
+                  for _ in range(megabytes * 1000))
 
 
 @pytest.mark.parametrize('name', ['a.jsonl', 'a.txt', 'a.jsonl.gz', 'a.jsonl.zst'])
@@ -183,8 +188,8 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path, name):
   for megabytes in (3, 30):
     path = write_bytes(tmp_path / f'{megabytes}{name}', lines_of(megabytes))
     tracemalloc.start()
-    found = build.examples(path, tokenizer.load('bytes'), form=fields.Format(kind='text'), length=256, seed=0,
-                           cache=str(tmp_path / 'cache'))
+    found = build.examples(path, tokenizer.load('bytes'), form=fields.Format(kind='text'),
+                           length=256, seed=0, cache=str(tmp_path / 'cache'))
     for i in range(0, len(found), len(found) // 50):
       found.example(i, 0)
     peaks.append(tracemalloc.get_traced_memory()[1])

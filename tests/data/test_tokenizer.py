@@ -1,4 +1,4 @@
-"""Tokenizers: what their ids are worth in bytes, their special tokens, and what is said when one is missing."""
+"""Tokenizers: what ids are worth in bytes, special tokens, and what is said when one is missing."""
 
 import pickle
 
@@ -129,4 +129,5 @@ def test_what_is_missing_is_said(tmp_path):
   with pytest.raises(ValueError, match='known for byte-level'):
     tokenizer.load(str(write(words, tmp_path / 'words', None))).token_bytes()
   with pytest.raises(ValueError, match='no end-of-sequence token'):
-    tokenizer.load(str(write(tokenizers.Tokenizer(models.WordLevel({'a': 0})), tmp_path / 'endless', None)))
+    endless = tokenizers.Tokenizer(models.WordLevel({'a': 0}))
+    tokenizer.load(str(write(endless, tmp_path / 'endless', None)))
