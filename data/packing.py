@@ -61,12 +61,14 @@ def _slices(state, kind):
 
 def row(pieces: list[tuple[np.ndarray, np.ndarray]], length: int) -> dict[str, np.ndarray]:
   """(tokens, mask) of each segment -> a padded row."""
-  sizes = [len(tokens) for tokens, _ in pieces]
-  join = lambda parts, dtype: np.pad(np.concatenate([np.zeros(0, dtype), *parts]).astype(dtype),
-                                     (0, length - sum(sizes)))
-  return _finish(join([t for t, _ in pieces], np.int32), join([m for _, m in pieces], np.float32),
-                 join([np.full(n, i) for i, n in enumerate(sizes, 1)], np.int32),
-                 join([np.arange(n) for n in sizes], np.int32))
+  tokens, segments, positions = np.zeros((3, length), np.int32)
+  mask, start = np.zeros(length, np.float32), 0
+  for number, (some, some_mask) in enumerate(pieces, 1):
+    place = slice(start, start + len(some))
+    tokens[place], mask[place], segments[place] = some, some_mask, number
+    positions[place] = np.arange(len(some))
+    start = place.stop
+  return _finish(tokens, mask, segments, positions)
 
 
 def windows(texts: Iterable[tuple[np.ndarray, np.ndarray, bool]], length: int) -> Iterator[tuple]:

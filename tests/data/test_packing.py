@@ -76,8 +76,13 @@ def test_windows_overlap_by_one_within_a_text():
 
 def test_pieces_fill_rows_in_order():
   pieces = [(np.full(n, n), np.ones(n)) for n in (2, 2, 3, 4, 1)]
-  rows = [r['tokens'].tolist() for r in packing.in_order(pieces, 4)]
-  assert rows == [[2, 2, 2, 2], [3, 3, 3, 0], [4, 4, 4, 4], [1, 0, 0, 0]]
+  rows = list(packing.in_order(pieces, 4))
+  assert [r['tokens'].tolist() for r in rows] == [
+      [2, 2, 2, 2], [3, 3, 3, 0], [4, 4, 4, 4], [1, 0, 0, 0]]
+  assert [r['segments'].tolist() for r in rows] == [
+      [1, 1, 2, 2], [1, 1, 1, 0], [1, 1, 1, 1], [1, 0, 0, 0]]
+  assert [r['positions'].tolist() for r in rows[:2]] == [[0, 1, 0, 1], [0, 1, 2, 0]]
+  assert [r['mask'].tolist() for r in rows[:2]] == [[0, 1, 0, 1], [0, 1, 1, 0]]
 
 
 def test_an_unknown_packing_is_named():
