@@ -1,8 +1,8 @@
-"""Sampling inside the framework: one prefill per prompt, then a decode loop that ends when every row has ended.
+"""Sampling: one prefill per prompt, then a decode loop that ends when every row has ended.
 
-B prompts, G rows of a prompt, N = B * G rows, P prompt slots, M response tokens, V vocabulary, S candidates,
-W bytes of the longest token, R bytes a row remembers for its stop strings, K entries to choose from.
-The model comes in as a Decoder; nothing here knows what is behind it.
+B prompts, N = B * group rows, P prompt slots, M response tokens, V vocabulary, S candidates,
+W bytes of the longest token, R bytes a row remembers for its stop strings, K entries to choose
+from. The model comes in as a Decoder; nothing here knows what is behind it.
 """
 
 import dataclasses
@@ -18,21 +18,21 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-  """How to sample. Temperature divides the logits; then top-k, then top-p over what is left, then min-p.
+  """How to sample. Temperature divides the logits; then top-k, then top-p, then min-p.
 
-  top-p keeps the smallest set of likeliest ids whose mass reaches it, the id that crosses it included. min-p keeps
-  ids with at least min_p times the probability of the likeliest. With any of the three on, candidates are the
-  `support` likeliest ids to begin with (top_k if that is smaller); that is part of the definition, and what top-p
-  takes its masses over.
+  top-p keeps the smallest set of likeliest ids whose share of what top-k left reaches it, the id
+  that crosses it included. min-p keeps ids with at least min_p times the probability of the
+  likeliest. With any of the three on, only the `support` likeliest ids are candidates to begin with
+  (top_k, if that is smaller). This is part of the definition: top-p takes its shares of these.
   """
   max_tokens: int
-  temperature: float = 1.0       # 0: the likeliest id, whatever the truncation; log-probabilities at temperature 1
+  temperature: float = 1.0       # 0: the likeliest id, never mind the truncation
   top_k: int = 0                 # 0: off
   top_p: float = 1.0             # 1: off
   min_p: float = 0.0             # 0: off
   support: int = 0               # most ids recorded per token; wanted with truncation
   eos: tuple[int, ...] = ()      # ids that end a row
-  stop: tuple[bytes, ...] = ()   # strings of the response that end a row, wherever tokens begin and end
+  stop: tuple[bytes, ...] = ()   # bytes that end a row, wherever tokens begin and end
 
   def __post_init__(self):
     if self.max_tokens < 1:
@@ -48,8 +48,9 @@ class Sampling:
     if self.support < 0:
       raise ValueError(f'support is {self.support}, wanted at least 0')
     if self.truncates and self.temperature > 0 and not self.support:
-      raise ValueError(f'top_k {self.top_k}, top_p {self.top_p}, min_p {self.min_p} cut ids off, so the ids left are '
-                       f'recorded: set support to the most per token, e.g. support={self.top_k or 64}')
+      raise ValueError(
+          f'top_k {self.top_k}, top_p {self.top_p}, min_p {self.min_p} cut ids off, so the ids '
+          f'left are recorded: set support to the most per token, e.g. support={self.top_k or 64}')
     if any(token < 0 for token in self.eos):
       raise ValueError(f'eos holds a negative id: {self.eos}')
     if not all(isinstance(text, bytes) and text for text in self.stop):
@@ -68,10 +69,15 @@ class Sampling:
 
 
 class Decoder(NamedTuple):
-  """A model, as far as sampling sees it. Keep one per model: another one with new functions compiles anew."""
-  prefill: Callable[..., Any]    # (params, tokens [B, P], start [B], length) -> (logits [B, V] float32, cache)
-  step: Callable[..., Any]       # (params, tokens [N], cache) -> (logits [N, V] float32, cache)
-  repeat: Callable[..., Any]     # (cache, n) -> cache with every row n times, rows of a prompt adjacent
+  """A model, as far as sampling sees it. Make one per model: new functions compile anew.
+
+  prefill: (params, tokens [B, P], start [B], length) -> (logits [B, V] float32, cache of `length`).
+  step: (params, tokens [N], cache) -> (logits [N, V] float32, cache).
+  repeat: (cache, n) -> cache with every row n times, copies of a row adjacent.
+  """
+  prefill: Callable[..., Any]
+  step: Callable[..., Any]
+  repeat: Callable[..., Any]
 
 
 class TokenBytes(NamedTuple):
@@ -81,11 +87,14 @@ class TokenBytes(NamedTuple):
 
 
 class Sampled(NamedTuple):
-  """Rows of a prompt are adjacent. Behind a row's length tokens and logp are 0, support is -1."""
+  """Rows of a prompt are adjacent. Behind a row's length tokens and logp are 0, support is -1.
+
+  logp is that of the distribution the token was drawn from; greedy: of temperature 1.
+  """
   tokens: jax.Array              # [N, M] int32
   length: jax.Array              # [N] int32, the token that ended the row included
-  logp: jax.Array                # [N, M] float32, under the distribution the token was drawn from
-  support: jax.Array | None      # [N, M, S] int32, the ids it could have been, -1 fills up; None without truncation
+  logp: jax.Array                # [N, M] float32
+  support: jax.Array | None      # [N, M, S] int32, ids to choose from, -1 fills up; None: all
   stopped: jax.Array             # [N] bool, by eos or a stop string; False: max_tokens came first
 
 
@@ -109,7 +118,7 @@ class _State(NamedTuple):
 
 
 def pack_bytes(words: Sequence[bytes], vocab_size: int) -> TokenBytes:
-  """The table of an id's bytes, for ids below vocab_size; ids without a word (a padded vocabulary) add nothing."""
+  """The table for the ids of a model; those behind the words (a padded vocabulary) add nothing."""
   if len(words) > vocab_size:
     raise ValueError(f'the tokenizer has {len(words)} ids, the model {vocab_size}')
   length = np.zeros(vocab_size, np.int32)
@@ -133,9 +142,9 @@ def sample(
 ) -> Sampled:
   """Draws `group` responses to every prompt.
 
-  Token t of a row depends on its prompt, its key, its place in the group and t, not on the other rows, the padding,
-  max_tokens or the mesh. It compiles anew for other shapes, max_tokens, group, candidates, eos and stop strings, not
-  for another temperature, top_p or min_p.
+  Token t of a row depends on its prompt, its key, its place in the group and t; not on the other
+  rows, the padding, max_tokens or the mesh. It compiles anew for other shapes, max_tokens, group,
+  candidates, eos and stop strings, not for another temperature, top_p or min_p.
 
   Args:
     tokens: [B, P] int32, prompts padded on the left.
@@ -151,25 +160,27 @@ def sample(
     raise ValueError('wanted tokens [B, P], start [B] and typed keys [B], got shapes '
                      f'{tokens.shape}, {start.shape} and {keys.shape}')
   if jax.random.key_impl(keys) != 'threefry2x32':
-    raise ValueError(f'keys are of kind {jax.random.key_impl(keys)}, under which a row\'s draws depend on the other '
-                     'rows; wanted threefry2x32')
+    raise ValueError(f'keys are of kind {jax.random.key_impl(keys)}, whose numbers for a row '
+                     'depend on the other rows; wanted threefry2x32')
   if group < 1:
     raise ValueError(f'group is {group}, wanted at least 1')
   if sampling.stop and token_bytes is None:
     raise ValueError(f'stop strings {sampling.stop} need token_bytes, the bytes of every id')
   draw = _likeliest if sampling.temperature == 0 else _truncated if sampling.candidates else _any
-  knobs = _Knobs(np.float32(sampling.temperature), np.float32(sampling.top_p), np.float32(sampling.min_p))
-  return _run(decoder, params, tokens, start, keys, knobs, token_bytes if sampling.stop else None,
-              draw=draw, candidates=sampling.candidates, group=group, max_tokens=sampling.max_tokens,
-              eos=tuple(sampling.eos), stop=tuple(sampling.stop))
+  knobs = _Knobs(*map(np.float32, (sampling.temperature, sampling.top_p, sampling.min_p)))
+  return _run(
+      decoder, params, tokens, start, keys, knobs, token_bytes if sampling.stop else None,
+      draw=draw, candidates=sampling.candidates, group=group, max_tokens=sampling.max_tokens,
+      eos=tuple(sampling.eos), stop=tuple(sampling.stop))
 
 
-@functools.partial(
-    jax.jit, static_argnames=('decoder', 'draw', 'candidates', 'group', 'max_tokens', 'eos', 'stop'))
-def _run(decoder, params, tokens, start, keys, knobs, table, *, draw, candidates, group, max_tokens, eos, stop):
+@functools.partial(jax.jit, static_argnames=(
+    'decoder', 'draw', 'candidates', 'group', 'max_tokens', 'eos', 'stop'))
+def _run(decoder, params, tokens, start, keys, knobs, table, *, draw, candidates, group, max_tokens,
+         eos, stop):
   num_rows, slots = tokens.shape[0] * group, tokens.shape[1] + max_tokens - 1
-  keys = jax.vmap(lambda key: jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(group)))(keys)
-  keys = keys.reshape(num_rows)
+  members = jax.vmap(jax.random.fold_in, (None, 0))
+  keys = jax.vmap(members, (0, None))(keys, jnp.arange(group)).reshape(num_rows)
 
   def record(state: _State, logits: jax.Array) -> _State:
     # The words of a token's key are random numbers already; drawing from it would hash once more.
@@ -235,13 +246,13 @@ def _match(stop, tail, table, token):
   ended = jnp.zeros(token.shape, bool)
   for text in stop:
     ends = window.shape[1] - len(text) + 1
-    here = functools.reduce(jnp.logical_and, (window[:, i:i + ends] == byte for i, byte in enumerate(text)))
-    ended |= jnp.any(here, axis=1)
+    equal = [window[:, i:i + ends] == byte for i, byte in enumerate(text)]
+    ended |= jnp.any(functools.reduce(jnp.logical_and, equal), axis=1)
   last = count[:, None] + jnp.arange(tail.shape[1])
   return ended, jnp.take_along_axis(window, last, axis=1)
 
 
-# The three ways to draw: logits [N, V] float32, bits [N, 2] uint32 -> token [N], logp [N] float32, support [N, S].
+# The ways to draw: logits [N, V] float32, bits [N, 2] -> token [N], logp [N], support [N, S].
 
 
 def _likeliest(logits, bits, knobs, candidates):
@@ -252,12 +263,13 @@ def _likeliest(logits, bits, knobs, candidates):
 
 
 def _any(logits, bits, knobs, candidates):
-  """Any id, by inverting the cumulative distribution twice: over blocks of ids, then inside the chosen block.
+  """Any id, by inverting the cumulative distribution: over blocks of ids, then inside the block.
 
-  Two random numbers a row where the Gumbel trick wants V and two logarithms of each; the sum over blocks is the
-  normaliser that logp needs anyway. Short sums, each with a fresh number, keep the tail: rounding moves at most
-  about 2 * sqrt(V) * 2**-24 of the probability to other ids (3e-6 at V = 512, 5e-5 at V = 150k), and an id of
-  probability 0 is never drawn. One sum over V would lose ids whose weight is below the last bit of what is before.
+  Two random numbers a row, where the Gumbel trick wants V of them and two logarithms of each; the
+  sum over blocks is the normaliser that logp needs anyway. Short sums, each with a fresh number,
+  keep the tail: rounding moves about 2 * sqrt(V) * 2**-24 of the probability to other ids (3e-6 at
+  V = 512, 5e-5 at V = 150k), and an id of probability 0 is never drawn. One sum over V would lose
+  ids that weigh less than the last bit of the sum before them.
   """
   del candidates
   num_rows, vocab_size = logits.shape
@@ -288,10 +300,17 @@ def _truncated(logits, bits, knobs, candidates):
 
 
 def _invert(weight: jax.Array, bits: jax.Array) -> jax.Array:
-  """The entry in whose share of the total a random number falls: weight [N, K], bits [N] uint32 -> [N] int32.
+  """The entry in whose share of the total a random number falls.
 
-  The number has 24 bits, so that it stays below 1 and its product with the total below the total. Cumulative sums
-  in floating point need not rise where the weight is 0, hence the mask.
+  The number has 24 bits, so that it stays below 1, and its product with the total below the total.
+  Sums added up in a tree move by a rounding where the weight is 0, hence the mask.
+
+  Args:
+    weight: [N, K] float32.
+    bits: [N] uint32.
+
+  Returns:
+    [N] int32.
   """
   total = jnp.where(weight > 0, jnp.cumsum(weight, axis=-1), 0.0)
   number = (bits >> 8).astype(jnp.float32) * 2.0**-24
