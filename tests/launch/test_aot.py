@@ -1,0 +1,138 @@
+"""Train step and decode loop of every shipped config, compiled for machines that are not here: TPU v5e and H200.
+
+The compilers come as packages (the extra `aot`); nothing can be executed.
+"""
+
+import functools
+import os
+import runpy
+from pathlib import Path
+
+os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')                # never ask a metadata server
+os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')        # else a second process fails on a lock
+for name, value in {'TPU_ACCELERATOR_TYPE': 'v5litepod-8', 'TPU_WORKER_HOSTNAMES': 'localhost', 'TPU_WORKER_ID': '0'}.items():
+  os.environ.setdefault(name, value)                            # only silences warnings
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import pytest  # noqa: E402
+from jax.experimental import topologies  # noqa: E402
+
+from kernels import attention  # noqa: E402
+from launch import config as config_lib  # noqa: E402
+from launch import engine, optimizer, rl_phase  # noqa: E402
+from launch import mesh as mesh_lib  # noqa: E402
+from launch import step as step_lib  # noqa: E402
+from nn import model, param  # noqa: E402
+from nn.types import Batch, Want  # noqa: E402
+from rl import methods, sample  # noqa: E402
+from rl.types import label  # noqa: E402
+
+CONFIGS = sorted(p for p in Path('configs').glob('*.py') if p.name not in ('__init__.py', 'base.py'))
+H200 = """gpu_device_info {
+ threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
+ threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535
+ block_dim_limit_z: 65535 memory_bandwidth: 4800000000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
+ device_memory_size: 150000000000 shared_memory_per_block_optin: 232448 cuda_compute_capability { major: 9 }
+ registers_per_core_limit: 65536 registers_per_block_limit: 65536 }
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 }
+runtime_version { major: 12 minor: 8 patch: 0 }
+device_description_str: "NVIDIA H200"
+"""
+
+
+@functools.cache
+def devices(target):
+  """The devices of a machine to compile for."""
+  if target == 'v5e':
+    pytest.importorskip('libtpu', reason='needs the extra aot')
+    return topologies.get_topology_desc('v5e:2x2', platform='tpu').devices
+  pytest.importorskip('jax_plugins.xla_cuda12', reason='needs the extra aot')
+  return topologies.get_topology_desc(platform='cuda', topology='1x1x1', target_config=H200).devices
+
+
+def read(path):
+  config = runpy.run_path(str(path))['get_config']()
+  return config, config_lib.model_config(config.model, 259)
+
+
+def placed(tree, shardings):
+  return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+
+
+def abstract_batch(mesh, terms, rows, length):
+  """A batch of one optimiser step without its numbers."""
+  def leaf(shape, dtype):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=mesh_lib.sharding_of(shape, mesh))
+  scores = {label(n) for t in terms for n in t.needs if not isinstance(n, Want)}
+  ints, floats, number = (rows, length, jnp.int32), (rows, length, jnp.float32), leaf((), jnp.float32)
+  plane = lambda spec: leaf(spec[:2], spec[2])
+  return Batch(
+      tokens=plane(ints), positions=plane(ints), segments=plane(ints), masks={'train': plane(floats)},
+      weights={t.name: plane(floats) for t in terms}, coef={t.name: number for t in terms},
+      data={s: plane(floats) for s in sorted(scores)}, temperature=number, use=leaf((), jnp.int32),
+      advantage=plane(floats))
+
+
+def compile_train_step(config, cfg, mesh, c, terms, rows, length):
+  specs = model.specs(cfg)
+  shardings = param.shardings(specs, mesh, dict(cfg.rules))
+  tx, _ = optimizer.from_config(specs, c.optimizer, c.steps)
+  opt = optimizer.state_shardings(tx, specs, shardings, mesh)
+  params = param.abstract(specs, shardings)
+  whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  state = step_lib.TrainState(
+      jax.ShapeDtypeStruct((), jnp.int32, sharding=whole), params, placed(jax.eval_shape(tx.init, params), opt))
+  train_step = step_lib.make_train_step(
+      step_lib.make_loss(engine.make_forward(cfg), terms), tx, specs, c.microbatches)
+  rate = jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)
+  with jax.set_mesh(mesh):               # not above: what runs there would run on devices that are not here
+    return jax.jit(train_step, donate_argnums=0).lower(
+        state, abstract_batch(mesh, terms, rows, length), rate).compile()
+
+
+@pytest.mark.extras
+@pytest.mark.parametrize('target', ['v5e', 'h200'])
+@pytest.mark.parametrize('path', CONFIGS, ids=lambda p: p.stem)
+def test_train_steps_compile(path, target):
+  config, cfg = read(path)
+  mesh = mesh_lib.make_mesh({'data': -1}, devices(target))
+  for name in config.phases:
+    c = config[name]
+    if name == 'rl':
+      method = methods.build(c.methods, config_lib.method_options(c), max_tokens=c.max_tokens)
+      terms = rl_phase.watched(method).terms
+      rows, length = c.prompts * c.group // c.parts, c.max_prompt + c.max_tokens
+    else:
+      terms, rows, length = methods.build(('sft',), {}).terms, c.rows, c.length
+    compiled = compile_train_step(config, cfg, mesh, c, terms, rows, length)
+    chosen = attention.choose('tpu' if target == 'v5e' else 'gpu', length, cfg.head_dim)
+    kernel = {'splash': 'splash', 'gpu': 'triton'}.get(chosen)
+    assert kernel is None or kernel in compiled.as_text()
+    parameters = 4 * param.count(model.specs(cfg))
+    assert compiled.memory_analysis().alias_size_in_bytes > parameters, 'parameters and moments are donated'
+
+
+@pytest.mark.extras
+@pytest.mark.parametrize('target', ['v5e', 'h200'])
+@pytest.mark.parametrize('path', [p for p in CONFIGS if 'rl' in read(p)[0].phases], ids=lambda p: p.stem)
+def test_decode_loops_compile(path, target):
+  config, cfg = read(path)
+  c = config.rl
+  mesh = mesh_lib.make_mesh({'data': -1}, devices(target))
+  specs = model.specs(cfg)
+  params = param.abstract(specs, param.shardings(specs, mesh, dict(cfg.rules)))
+  rows = mesh_lib.batch_sharding(mesh)
+  decoder = engine.make_decoder(cfg)
+
+  def draw(params, tokens, start, keys):
+    return sample.sample(
+        decoder, model.prepare(params, cfg), tokens, start, jax.random.wrap_key_data(keys), group=c.group,
+        sampling=sample.Sampling(max_tokens=c.max_tokens, temperature=c.temperature, eos=(1,)))
+
+  leaf = lambda dtype, *shape: jax.ShapeDtypeStruct((c.prompts, *shape), dtype, sharding=rows)
+  with jax.set_mesh(mesh):
+    compiled = jax.jit(draw).lower(
+        params, leaf(jnp.int32, c.max_prompt), leaf(jnp.int32), leaf(jnp.uint32, 2)).compile()
+  assert 'while' in compiled.as_text()
