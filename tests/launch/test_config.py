@@ -248,6 +248,21 @@ def test_unread_defaults_are_fine_unless_named_on_the_command_line():
   config.check_read(t, ['rl.group'])
 
 
+def test_phases_left_out_on_the_command_line_keep_their_settings(file):
+  path = file('c.phases = ("sft", "rl")\nc.sft.steps = 3\nc.pretrain.steps = 4\nc.seed = 5')
+  def message(*overrides):
+    t = config.Tracked(config.load(path, overrides))
+    explicit = [key for key, _ in overrides]
+    return t.seed and error(config.check_read, t, explicit)
+  assert 'pretrain.steps = 4' in message() and 'sft.steps = 3' in message()
+  t = config.Tracked(config.load(path, [('phases', 'rl')]))
+  assert t.seed == 5 and t.phases == ('rl',)
+  config.check_read(t, ['phases'])
+  assert message(('phases', 'rl'), ('sft.rows', '4')).endswith(
+      "sft.rows = 4 ('sft' is not among phases ('rl',))")
+  assert 'sft.steps = 3' in message(('phases', 'pretrain,sft'))
+
+
 def test_json_round_trip(file):
   c = config.load(file('''c.model.pattern = (('gdn', 'moe'), 'attention')
 c.rl.grpo.clip_high = 0.28

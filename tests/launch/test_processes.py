@@ -1,0 +1,157 @@
+"""Runs in processes of their own: stopped, killed, and two that share a run."""
+
+import contextlib
+import random
+import re
+import signal
+import socket
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import train_runs
+from train_runs import compilation_cache  # noqa: F401
+
+SECONDS = 240              # after which something hangs
+STEPS = ('sft.steps=20', 'rl.steps=20', 'checkpoint.every=3', 'eval.every=10')
+
+
+@contextlib.contextmanager
+def processes(*runs):
+  """The runs, killed at the end if they have not ended by themselves."""
+  try:
+    yield runs
+  finally:
+    for p in runs:
+      p.kill()
+      p.wait()
+
+
+def wait_for(condition, process):
+  """Returns when the condition holds; the process must not end before."""
+  end = time.monotonic() + SECONDS
+  while not condition():
+    assert process.poll() is None, process.communicate()[0]
+    assert time.monotonic() < end
+    time.sleep(0.001)
+
+
+def lines(workdir):
+  path = Path(workdir) / 'metrics.jsonl'
+  return path.read_bytes().count(b'\n') if path.exists() else 0
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+  """A run without interruption."""
+  workdir = tmp_path_factory.mktemp('whole') / 'run'
+  assert train_runs.run(workdir, *STEPS) == 0
+  return workdir
+
+
+def goes_on(whole, workdir):
+  """Ends the run and compares it with the one that was never interrupted."""
+  assert train_runs.run(workdir, *STEPS) == 0
+  train_runs.assert_same_checkpoint(whole, workdir, 40)
+  assert train_runs.logged(workdir) == train_runs.logged(whole)
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_ends_well(whole, tmp_path, number):
+  with processes(train_runs.start(tmp_path, *STEPS)) as (run,):
+    wait_for(lambda: lines(tmp_path) > 8, run)
+    run.send_signal(number)
+    said = run.communicate(timeout=SECONDS)[0]
+  assert run.returncode == 0, said
+  assert f'{number.name}: saved' in said.splitlines()[-1]
+  assert train_runs.steps(tmp_path)[-1] == max(step for _, step in train_runs.logged(tmp_path)) < 40
+  goes_on(whole, tmp_path)
+
+
+@pytest.mark.parametrize('moment', ['while it saves', 'at random'])
+def test_a_killed_run_loses_what_it_had_not_saved(whole, tmp_path, moment):
+  partial = lambda: list((tmp_path / 'checkpoints').glob('*tmp*'))
+  step = random.randrange(5, 35)
+  print(f'to be killed after step {step}')     # seen if the test fails
+  with processes(train_runs.start(tmp_path, *STEPS)) as (run,):
+    wait_for(lambda: lines(tmp_path) > step, run)
+    if moment == 'while it saves':
+      wait_for(partial, run)
+    run.kill()
+    run.wait()
+  saved, logged = train_runs.steps(tmp_path), [step for _, step in train_runs.logged(tmp_path)]
+  # Step n is logged while n + 1 runs; of the steps saved before, one may still have been written.
+  assert max(logged) - saved[-1] <= 2 * 3 + 1, (saved, max(logged))
+  goes_on(whole, tmp_path)
+
+
+def port():
+  with socket.socket() as s:
+    s.bind(('127.0.0.1', 0))
+    return s.getsockname()[1]
+
+
+def together(workdir, *overrides):
+  """Two processes with two devices each; returns what process 0 said."""
+  flags = ('--coordinator', f'127.0.0.1:{port()}', '--num_processes', '2')
+  start = lambda i: train_runs.start(
+      workdir, *overrides, devices=2, flags=(*flags, '--process_id', str(i)))
+  with processes(start(0), start(1)) as runs:
+    said = [p.communicate(timeout=SECONDS)[0] for p in runs]
+  assert [p.returncode for p in runs] == [0, 0], '\n'.join(said)
+  return said
+
+
+@pytest.fixture(scope='module')
+def shared(tmp_path_factory):
+  """(overrides, workdir of one process, workdir of two): pretraining, then GRPO."""
+  folder = tmp_path_factory.mktemp('shared')
+  text = folder / 'text.txt'
+  text.write_bytes(bytes(range(32, 127)) * 12)
+  overrides = (
+      'phases=pretrain,rl', 'streams=2', 'mesh.data=4',
+      'pretrain.steps=4', 'pretrain.rows=8', 'pretrain.length=16', f'pretrain.data.files={text}',
+      'pretrain.data.heldout=0.2', 'arithmetic.demos=0')
+  assert train_runs.run(folder / 'one', *overrides) == 0
+  said = together(folder / 'two', *overrides)
+  assert 'rl 8/8' in said[0] and said[1].strip() == ''
+  return overrides, folder / 'one', folder / 'two'
+
+
+def assert_same_run(a, b):
+  """To rounding: other reductions over other devices. Rewards are of the same samples."""
+  for evaluations in (False, True):
+    left, right = (train_runs.logged(x, evaluations) for x in (a, b))
+    assert left.keys() == right.keys()
+    for key, values in left.items():
+      assert values.keys() == right[key].keys()
+      for name, value in values.items():
+        tolerance = 1e-5 if not re.match('parity|policy/kl|kl', name) else 1e-6
+        np.testing.assert_allclose(
+            right[key][name], value, rtol=1e-4, atol=tolerance, err_msg=f'{key} {name}')
+  left, right = (train_runs.state(x, 8) for x in (a, b))
+  for name, x in left.items():
+    np.testing.assert_allclose(right[name], x, rtol=1e-3, atol=1e-5, err_msg=name)
+
+
+def test_two_processes_are_one_run(shared):
+  overrides, one, two = shared
+  assert train_runs.steps(two) == train_runs.steps(one) == [2, 4, 6, 8]
+  assert_same_run(one, two)
+
+
+@pytest.mark.parametrize('step', [2, 6])
+def test_one_process_goes_on_where_two_were(shared, tmp_path, step):
+  overrides, one, two = shared
+  again = train_runs.rewound(two, step, tmp_path / 'again')
+  assert train_runs.run(again, *overrides) == 0
+  assert_same_run(one, again)
+
+
+def test_two_processes_go_on_where_one_was(shared, tmp_path):
+  overrides, one, two = shared
+  again = train_runs.rewound(one, 2, tmp_path / 'again')
+  together(again, *overrides)
+  assert_same_run(one, again)
