@@ -116,7 +116,7 @@ def shared(tmp_path_factory):
       'pretrain.data.heldout=0.2', 'arithmetic.demos=0')
   assert train_runs.run(folder / 'one', *overrides) == 0
   said = together(folder / 'two', *overrides)
-  assert 'rl 8/8' in said[0] and said[1].strip() == ''
+  assert 'rl 8/8' in said[0] and 'loss' not in said[1]     # one process speaks
   return overrides, folder / 'one', folder / 'two'
 
 
