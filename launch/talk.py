@@ -32,6 +32,7 @@ class Speaker:
   mesh: jax.sharding.Mesh
   params: Any
   template: str            # what a prompt is put into
+  field: str               # what the template may call the prompt, beside 'prompt'
   chats: bool              # trained on conversations
 
 
@@ -68,9 +69,12 @@ def load(workdir: str, step: int | None, sizes: Mapping[str, int], template: str
   shardings = param.shardings(specs, mesh, dict(cfg.rules))
   params = checkpoint.load_params(folder, param.abstract(specs, shardings))
   data = config[meta['phase']].data
+  problem = data.format == 'problem'
   if template is None:
-    template = data.prompt_template if data.format == 'problem' else '{prompt}'
-  return Speaker(meta['step'], cfg, tokenizer, mesh, params, template, data.format == 'chat')
+    template = data.prompt_template if problem else '{prompt}'
+  return Speaker(
+      meta['step'], cfg, tokenizer, mesh, params, template, data.prompt if problem else 'prompt',
+      data.format == 'chat')
 
 
 def check_template(template: str | None, is_chat: bool) -> None:
@@ -125,8 +129,8 @@ def make_sampling(
 
 def prompt(speaker: Speaker, text: str) -> tuple[str, list[int]]:
   """Text and ids of a prompt in its template."""
-  form = fields.Format(kind='problem', prompt_template=speaker.template)
-  return fields.prompt({'prompt': text}, form, speaker.tokenizer)
+  form = fields.Format(kind='problem', prompt=speaker.field, prompt_template=speaker.template)
+  return fields.prompt({speaker.field: text}, form, speaker.tokenizer)
 
 
 def chat_prompt(speaker: Speaker, messages: list[dict]) -> tuple[str, list[int]]:

@@ -54,7 +54,7 @@ def one_decoder():
 def run(tmp_path_factory):
   """(workdir, model config, parameters of the newest step)."""
   workdir = tmp_path_factory.mktemp('run')
-  c = make_config(prompt_template='Q: {prompt}\nA: ')
+  c = make_config(prompt='question', prompt_template='Q: {question}\nA: ')
   return str(workdir), *write(workdir, c, {3: 0, 7: 1})
 
 
@@ -198,7 +198,7 @@ def test_a_model_of_conversations_recommends_chat(tmp_path, talk):
     (('--step', 4), r'no checkpoint of step 4; there are \[3, 7\]'),
     (('--prompt', 'x' * 70, '--max_tokens', 20),
      'prompt of 77 tokens is too long: the model reads 96, of which 20'),
-    (('--prompt', ''), "'prompt' is empty"),
+    (('--prompt', ''), "'question' is empty"),
     (('--max_tokens', 96), 'max_tokens is 96, but the model reads at most 96'),
     (('--max_tokens', -1), 'max_tokens is -1'),
     (('--top_p', 0), 'top_p is 0.0'),
