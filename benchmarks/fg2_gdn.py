@@ -67,9 +67,9 @@ def theirs(o):
   torch.set_num_threads(1)
   for length in o.lengths:
     q, k, v, g, g_head, beta, *_ = map(torch.from_numpy, inputs(o, length))
-    for kind, rule, g in (('gdn', modeling_qwen3_next.torch_chunk_gated_delta_rule, g_head),
-                          ('kda', modeling_kimi_linear.chunk_kimi_delta_attention, g)):
-      arrays = q, k, v, g, beta
+    for kind, rule, decay in (('gdn', modeling_qwen3_next.torch_chunk_gated_delta_rule, g_head),
+                              ('kda', modeling_kimi_linear.chunk_kimi_delta_attention, g)):
+      arrays = q, k, v, decay, beta
 
       def run(q, k, v, g, beta):
         return rule(q, k, v, g=g, beta=beta, initial_state=None, output_final_state=True, use_qk_l2norm_in_kernel=False)

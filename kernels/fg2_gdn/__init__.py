@@ -16,7 +16,7 @@ key head h // (Hv // Hk). Per value head the state S [K, V] follows (products of
 fg2_gdn with gate_v given is FG2-GDN+ (arXiv:2604.19021), without it FG2-GDN. The step (I - a b^T) Diag(exp(g)) is a
 contraction for fg2_gdn whenever |gate_k k|^2 <= 2.
 
-Implementations: `reference` (reference.py, the definition), `chunked` (chunked.py, XLA on every platform).
+Implementations: `reference` (the definition), `chunked` (XLA, every platform), `pallas_tpu` (Mosaic kernels).
 """
 
 import functools
@@ -25,13 +25,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels.fg2_gdn import chunked, reference
+from kernels.fg2_gdn import chunked, pallas_tpu, reference
 
-IMPLEMENTATIONS = ('reference', 'chunked')
-AUTO = {'cpu': 'chunked', 'gpu': 'chunked', 'tpu': 'chunked'}           # platform -> implementation
-CHUNK = {'cpu': 16, 'gpu': 64, 'tpu': 64}         # tokens of a chunk; on CPU 16 is the fastest of 8 to 64 at K = V = 32 and 128
-BLOCK = {'cpu': 2**16, 'gpu': 2**24, 'tpu': 2**24}    # numbers in one of `chunked`'s temporaries; on CPU one fits the L2 cache
-BORDER = 64                                       # tokens at least between two states that `chunked` keeps for its backward pass
+IMPLEMENTATIONS = ('reference', 'chunked', 'pallas_tpu')
+PLATFORM = {'pallas_tpu': 'tpu'}       # where an implementation runs; the others run everywhere
+AUTO = {'cpu': 'chunked', 'gpu': 'chunked', 'tpu': 'pallas_tpu'}       # platform -> implementation
+# Tokens of a chunk by platform. CPU: the fastest of 8 to 64 at K = V = 32, 64 and 128. TPU: by
+# static bundles per token, benchmarks/fg2_gdn_tpu.py.
+CHUNK = {'cpu': 16, 'gpu': 64, 'tpu': 64}
+HEADS = 2                              # value heads of a grid step of pallas_tpu, likewise
+# Numbers in one of chunked's temporaries. On CPU one fits the L2 cache.
+BLOCK = {'cpu': 2**16, 'gpu': 2**24, 'tpu': 2**24}
+# Tokens at least between two of the states that chunked keeps for its backward pass.
+BORDER = 64
 
 
 def fg2_gdn(
@@ -116,21 +122,32 @@ def gdn2_step(q, k, v, g, erase, write, state, *, scale=None):
   return _step(q, k, v, g, erase, write, state, False, scale)
 
 
-def choose(platform: str) -> str:
-  """The implementation that 'auto' stands for on a platform."""
-  return AUTO[platform]
+def platform() -> str:
+  """cpu, tpu or gpu: of the ambient mesh, which may be one to compile for without having it, or else of this process."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return device.platform if device else jax.default_backend()
+
+
+def choose(on: str, dtype=jnp.float32) -> str:
+  """The implementation that 'auto' stands for on a platform; kernels take bfloat16 and float32."""
+  return AUTO[on] if jnp.dtype(dtype) in (jnp.bfloat16, jnp.float32) else 'chunked'
 
 
 def _scan(q, k, v, g, gates, symmetric, limit, state, segments, scale, chunk, implementation):
   """Checks, defaults and padding around reference.scan and chunked.scan."""
   batch, length, heads, width = _check_shapes(q, k, v, g, gates)
-  platform = jax.default_backend()
+  on = platform()
   if implementation == 'auto':
-    implementation = choose(platform)
+    implementation = choose(on, q.dtype)
   if implementation not in IMPLEMENTATIONS:
     raise ValueError(f'implementation is {implementation!r}, wanted auto or one of {", ".join(IMPLEMENTATIONS)}')
-  if chunk is not None and (chunk < 2 or chunk & (chunk - 1)):
-    raise ValueError(f'chunk_size is {chunk}, wanted a power of two, at least 2')
+  if PLATFORM.get(implementation, on) != on:
+    raise ValueError(f'implementation {implementation!r} runs on {PLATFORM[implementation]}, not on {on}')
+  smallest = 16 if implementation == 'pallas_tpu' else 2
+  if chunk is not None and (chunk < smallest or chunk & (chunk - 1)):
+    raise ValueError(f'chunk_size is {chunk}, wanted a power of two, at least {smallest}')
+  if implementation == 'pallas_tpu' and q.dtype not in (jnp.bfloat16, jnp.float32):
+    raise ValueError(f'q has dtype {q.dtype}; pallas_tpu takes bfloat16 and float32')
   dtype = jnp.promote_types(q.dtype, jnp.float32)
   shape = (batch, heads, k.shape[-1], width)
   if state is None:
@@ -149,9 +166,12 @@ def _scan(q, k, v, g, gates, symmetric, limit, state, segments, scale, chunk, im
       valid, fresh = jnp.ones((batch, length), bool), jnp.zeros((batch, length), bool)
     return reference.scan(*tokens, state.astype(dtype), valid, fresh, symmetric=symmetric, scale=scale)
 
-  chunk = min(chunk or CHUNK[platform], max(2, 1 << (length - 1).bit_length()))
+  chunk = min(chunk or CHUNK[on], max(smallest, 1 << (length - 1).bit_length()))
+  if implementation == 'pallas_tpu':
+    return pallas_tpu.scan(*tokens, state, valid, fresh, symmetric=symmetric, scale=scale, chunk=chunk, heads=HEADS)
+
   wanted = -(-length // chunk)
-  chunks = max(1, BORDER // chunk, BLOCK[platform] // (batch * heads * chunk * max(shape[2:])))
+  chunks = max(1, BORDER // chunk, BLOCK[on] // (batch * heads * chunk * max(shape[2:])))
   blocks = -(-wanted // chunks)
   chunks = -(-wanted // blocks)
   pad = lambda x: jnp.pad(x, [(0, 0), (0, blocks * chunks * chunk - length)] + [(0, 0)] * (x.ndim - 2))

@@ -144,13 +144,12 @@ def _block_backward(part, states, u, d_o, d_state, symmetric, scale):
 
   q, k, v, g, gate_k, gate_v = part.tokens
   later = _inner(part.q, d_q, g) + _inner(part.b, d_b, g) - _inner(part.a, d_a, g)
-  through = jnp.sum(d_states_t * jnp.swapaxes(states, -1, -2), axis=-2, keepdims=True) * part.start[..., -1:, :]
-  if g.shape[-1] == 1:
-    through = jnp.sum(through, axis=-1, keepdims=True)
-  chunk = u.shape[-2]
-  sums = np.concatenate([np.triu(np.ones((chunk, chunk))), np.tril(np.ones((chunk, chunk)), -1)], axis=1)
-  sums = jnp.broadcast_to(sums.astype(u.dtype), (*u.shape[:-2], *sums.shape))
-  d_g = _dot(sums, jnp.concatenate([later, _inner(part.a, d_end, g)], axis=-2)) + through
+  through = part.start[..., -1:, :] * _inner(d_states_t, jnp.swapaxes(states, -1, -2), g)
+  terms = jnp.concatenate([later, _inner(part.a, d_end, g), through], axis=-2)
+  chunk, width = u.shape[-2:]
+  square = np.ones((chunk, chunk))
+  sums = np.concatenate([np.triu(square), np.tril(square, -1), np.ones((chunk, width))], axis=1)
+  d_g = _dot(jnp.broadcast_to(sums.astype(u.dtype), (*u.shape[:-2], *sums.shape)), terms)
 
   diagonal = _inner(d_o, u)
   d_q = scale * (d_q + diagonal * part.a)
