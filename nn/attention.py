@@ -38,8 +38,11 @@ def apply(params: dict, cfg: ModelConfig, x: jax.Array, positions: jax.Array, se
 
 
 def init_cache(cfg: ModelConfig, num_rows: int, length: int) -> State:
-  return {'k': jnp.zeros((num_rows, cfg.num_kv_heads, cfg.head_dim, length), cfg.dtype),
-          'v': jnp.zeros((num_rows, cfg.num_kv_heads, length, cfg.head_dim), cfg.dtype)}
+  def zeros(*sizes):
+    empty = jnp.zeros((num_rows, cfg.num_kv_heads, *sizes), cfg.dtype)
+    return param.constrain(empty, cfg.rules, 'batch', 'kv_heads', None, None)
+
+  return {'k': zeros(cfg.head_dim, length), 'v': zeros(length, cfg.head_dim)}
 
 
 def prefill(

@@ -21,11 +21,12 @@ def linear(x: jax.Array, w: jax.Array, num_inputs: int = 1) -> jax.Array:
   Returns:
     [..., O] in x's dtype. The gradient of w is summed and kept in float32.
   """
-  return jnp.tensordot(x, w.astype(x.dtype), num_inputs)
+  return _forward(x, w, num_inputs)[0]
 
 
 def _forward(x, w, num_inputs):
-  return linear(x, w, num_inputs), (x, w)
+  # The product itself, not a call of `linear`: a remat policy looks for products.
+  return jnp.tensordot(x, w.astype(x.dtype), num_inputs), (x, w)
 
 
 def _backward(num_inputs, residuals, grad):
@@ -51,11 +52,12 @@ def logits(x: jax.Array, table: jax.Array) -> jax.Array:
   Returns:
     [..., V] float32. The gradient of the table is summed and kept in float32.
   """
-  return jnp.einsum('...d,vd->...v', x, table.astype(x.dtype), preferred_element_type=jnp.float32)
+  return _logits_forward(x, table)[0]
 
 
 def _logits_forward(x, table):
-  return logits(x, table), (x, table)
+  product = jnp.einsum('...d,vd->...v', x, table.astype(x.dtype), preferred_element_type=jnp.float32)
+  return product, (x, table)
 
 
 def _logits_backward(residuals, grad):

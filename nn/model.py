@@ -39,7 +39,12 @@ def forward(params: dict, cfg: ModelConfig, tokens: jax.Array, positions: jax.Ar
 
   Args:
     tokens, positions, segments: [B, T] int32; segments 0 is padding.
+
+  Raises:
+    ValueError: rows longer than cfg.max_length.
   """
+  _check_length(cfg, tokens.shape[1])
+
   def layer(names, layer_params, x, state, at):
     del at
     x, extras = block.apply(layer_params, cfg, names, x, positions, segments)
@@ -76,10 +81,14 @@ def prefill(
 
   Returns:
     hidden of the last slot [B, D], and the cache.
+
+  Raises:
+    ValueError: a prompt longer than the cache, or a cache longer than cfg.max_length.
   """
   num_rows, num_slots = tokens.shape
   if num_slots > length:
     raise ValueError(f'a prompt of {num_slots} slots does not fit a cache of {length}')
+  _check_length(cfg, length)
   slots = jnp.arange(num_slots)
   segments = (slots >= start[:, None]).astype(jnp.int32)
   positions = jnp.maximum(slots - start[:, None], 0)
@@ -124,6 +133,11 @@ def flops(cfg: ModelConfig, length: int) -> int:
   """Training FLOPs per token of rows of `length`: forward, and twice that backward. Recomputation is not counted."""
   layers = sum(block.flops(cfg, names, length) for names in cfg.layers)
   return 3 * (layers + 2 * cfg.embed_dim * cfg.vocab_size)
+
+
+def _check_length(cfg: ModelConfig, length: int) -> None:
+  if length > cfg.max_length:
+    raise ValueError(f'rows of {length} tokens are longer than model.max_length, {cfg.max_length}')
 
 
 def _parts(cfg: ModelConfig) -> dict[str, dict[str, block.Names]]:

@@ -1,0 +1,258 @@
+"""Laws of the decoder: causality, packing, padding, the cache, and that layout and recomputation change nothing."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import nn_tiny as tiny
+import numpy as np
+import pytest
+
+from nn import block, model, param, score
+from nn.config import ModelConfig
+from nn.types import LOGP
+
+
+def assert_close(actual, expected, rtol=1e-5):
+  """Every leaf to rtol of its largest entry."""
+  flat_actual, flat_expected = param.flat(actual), param.flat(expected)
+  assert flat_actual.keys() == flat_expected.keys()
+  for name, e in flat_expected.items():
+    e = np.asarray(e, np.float32)
+    np.testing.assert_allclose(
+        np.asarray(flat_actual[name], np.float32), e, rtol=0, atol=rtol * max(np.abs(e).max(), 1e-6), err_msg=name)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def loss_and_grad(params, cfg, batch, weights):
+  """sum weights * logp, and its gradient."""
+  def loss(params):
+    logp = score.score(params, cfg, tiny.forward(params, cfg, batch), batch, (LOGP,))[LOGP]
+    return jnp.sum(weights * logp)
+  return jax.value_and_grad(loss)(params)
+
+
+def draw_weights(shape):
+  return jnp.asarray(np.random.default_rng(1).standard_normal(shape), jnp.float32)
+
+
+def test_no_position_depends_on_a_later_token():
+  cfg = tiny.config(tied=False)
+  params = tiny.params(cfg)
+  rows = tiny.batch(np.arange(12)[None])          # every token once, so that embeddings tell positions apart
+
+  def at_seven(table):
+    return jnp.sum(tiny.forward(params | {'embed': {'table': table}}, cfg, rows).hidden[0, 7] ** 3)
+
+  reached = np.abs(jax.jit(jax.grad(at_seven))(params['embed']['table'])).max(axis=1) > 0
+  np.testing.assert_array_equal(reached, np.arange(40) <= 7)
+
+
+@pytest.mark.parametrize('length', [20, 140])     # one block of attention, and several
+def test_packed_rows_equal_separate_ones(length):
+  cfg = tiny.config()
+  params = tiny.params(cfg)
+  cut = length // 2
+  tokens, weights = tiny.tokens(1, length), draw_weights((1, length))
+  packed = tiny.batch(tokens, np.where(np.arange(length) < cut, 1, 2)[None])
+  apart = tiny.batch(tokens.reshape(2, cut))
+
+  hidden = tiny.forward(params, cfg, packed).hidden
+  np.testing.assert_allclose(hidden.reshape(2, cut, -1), tiny.forward(params, cfg, apart).hidden, atol=2e-5)
+  loss, grad = loss_and_grad(params, cfg, packed, weights)
+  apart_loss, apart_grad = loss_and_grad(params, cfg, apart, weights.reshape(2, cut))
+  np.testing.assert_allclose(loss, apart_loss, rtol=1e-5)
+  assert_close(grad, apart_grad)
+
+
+@pytest.mark.parametrize('before, after', [(7, 0), (0, 7), (3, 4)])
+def test_padding_changes_nothing(before, after):
+  cfg = tiny.config()
+  params = tiny.params(cfg)
+  tokens = tiny.tokens(2, 9)
+  pad = lambda x, value: np.pad(x, ((0, 0), (before, after)), constant_values=value)
+  plain, padded = tiny.batch(tokens), tiny.batch(pad(tokens, 7), pad(np.ones_like(tokens), 0))
+  weights = draw_weights((2, 9))
+  everywhere = jnp.full((2, before + 9 + after), 3.0).at[:, before:before + 9].set(weights)
+
+  loss, grad = loss_and_grad(params, cfg, plain, weights)
+  padded_loss, padded_grad = loss_and_grad(params, cfg, padded, everywhere)
+  np.testing.assert_allclose(padded_loss, loss, rtol=1e-6)
+  assert_close(padded_grad, grad)
+
+
+@pytest.mark.parametrize('unroll, prepared', [(False, False), (True, False), (True, True)])
+def test_prefill_and_steps_equal_forward(unroll, prepared):
+  cfg = tiny.config(unroll=unroll, **tiny.FULL_STACK)
+  params = tiny.params(cfg)
+  tokens, start, prompt, length = tiny.tokens(3, 12), np.array([0, 2, 6]), 7, 15
+  rows = tiny.batch(tokens, np.arange(12) >= start[:, None])
+  expected = tiny.forward(params, cfg, rows).hidden
+
+  given = model.prepare(params, cfg) if prepared else params
+  prefill = jax.jit(functools.partial(model.prefill, cfg=cfg, length=length))
+  step = jax.jit(functools.partial(model.step, cfg=cfg))
+  hidden, cache = prefill(given, tokens=rows.tokens[:, :prompt], start=jnp.asarray(start))
+  np.testing.assert_allclose(hidden, expected[:, prompt - 1], atol=1e-5)
+  for t in range(prompt, 12):
+    hidden, cache = step(given, tokens=rows.tokens[:, t], cache=cache)
+    np.testing.assert_allclose(hidden, expected[:, t], atol=1e-5)
+  assert cache.index == 12 and cache.length == length
+
+
+@pytest.mark.parametrize('unroll', [False, True])
+def test_a_repeated_cache_continues_every_copy(unroll):
+  cfg = tiny.config(unroll=unroll)
+  params = tiny.params(cfg)
+  tokens, start = jnp.asarray(tiny.tokens(2, 5)), jnp.array([0, 3])
+  _, cache = jax.jit(functools.partial(model.prefill, cfg=cfg, length=8))(params, tokens=tokens, start=start)
+  step = jax.jit(functools.partial(model.step, cfg=cfg))
+  next_tokens = jnp.array([1, 2, 3, 4, 5, 6])
+
+  hidden, _ = step(params, tokens=next_tokens, cache=model.repeat_cache(cache, 3))
+  for copy in range(3):
+    alone, _ = step(params, tokens=next_tokens[copy::3], cache=cache)
+    np.testing.assert_allclose(hidden[copy::3], alone, atol=1e-6)
+
+
+def test_prepared_parameters_are_rounded_once():
+  cfg = tiny.config(dtype='bfloat16', unroll=True)
+  params = tiny.params(cfg)
+  prepared = jax.jit(functools.partial(model.prepare, cfg=cfg))(params)
+  assert prepared['blocks'][1]['0']['mixer']['q'].dtype == jnp.bfloat16
+  assert prepared['embed']['table'].dtype == jnp.bfloat16
+  assert prepared['norm']['scale'].dtype == jnp.float32
+  tokens, start = jnp.asarray(tiny.tokens(2, 5)), jnp.array([0, 3])
+  prefill = jax.jit(functools.partial(model.prefill, cfg=cfg, length=8))
+  plain, _ = prefill(params, tokens=tokens, start=start)
+  rounded, _ = prefill(prepared, tokens=tokens, start=start)
+  np.testing.assert_array_equal(np.asarray(plain, np.float32), np.asarray(rounded, np.float32))
+
+
+def as_head(params, cfg):
+  """The same layers as entries of their own: parameters and config without a scan."""
+  layers = [params['head']['0']]
+  for r in range(cfg.repeats):
+    layers += [jax.tree.map(lambda a, r=r: a[r], params['blocks'][name]) for name in ('0', '1')]
+  layers += [params['tail']['0']]
+  numbered = {str(i): layer for i, layer in enumerate(layers)}
+  rest = {name: a for name, a in params.items() if name not in ('head', 'blocks', 'tail')}
+  return rest | {'head': numbered}, dataclasses.replace(cfg, head=cfg.layers, repeats=0, tail=())
+
+
+def test_scan_unrolled_loop_and_single_entries_are_one_model():
+  cfg = tiny.config(**tiny.FULL_STACK)
+  params = tiny.params(cfg)
+  rows = tiny.batch(tiny.tokens(2, 10))
+  weights = draw_weights((2, 10))
+  loss, grad = loss_and_grad(params, cfg, rows, weights)
+
+  unrolled_loss, unrolled_grad = loss_and_grad(params, dataclasses.replace(cfg, unroll=True), rows, weights)
+  np.testing.assert_allclose(unrolled_loss, loss, rtol=1e-5)
+  assert_close(unrolled_grad, grad)
+
+  head_params, head_cfg = as_head(params, cfg)
+  head_loss, head_grad = loss_and_grad(head_params, head_cfg, rows, weights)
+  np.testing.assert_allclose(head_loss, loss, rtol=1e-5)
+  assert_close(head_grad, as_head(grad, cfg)[0])
+
+
+@pytest.mark.parametrize('remat, unroll', [('full', False), ('dots', False), ('full', True)])
+def test_what_is_recomputed_changes_no_gradient(remat, unroll):
+  cfg = tiny.config(unroll=unroll)
+  params = tiny.params(cfg)
+  rows, weights = tiny.batch(tiny.tokens(2, 10)), draw_weights((2, 10))
+  loss, grad = loss_and_grad(params, cfg, rows, weights)
+  other_loss, other_grad = loss_and_grad(params, dataclasses.replace(cfg, remat=remat), rows, weights)
+  np.testing.assert_allclose(other_loss, loss, rtol=1e-6)
+  assert_close(other_grad, grad)
+
+
+def test_remat_keeps_less():
+  def kept(remat):
+    cfg = tiny.config(remat=remat)
+    rows = jax.eval_shape(lambda: tiny.batch(tiny.tokens(4, 32)))
+    params = param.abstract(model.specs(cfg))
+    weights = jax.ShapeDtypeStruct((4, 32), jnp.float32)
+    forward = lambda p, b, w: jax.vjp(lambda p: jnp.sum(w * model.forward(p, cfg, b.tokens, b.positions, b.segments).hidden[..., 0]), p)[1]
+    return sum(x.size for x in jax.tree.leaves(jax.eval_shape(forward, params, rows, weights)))
+  full, dots, none = kept('full'), kept('dots'), kept('none')
+  assert full < 0.8 * dots < 0.8 * none
+
+
+def test_bfloat16_computes_in_bfloat16_and_keeps_float32_gradients():
+  cfg = tiny.config(dtype='bfloat16', tied=False)
+  params = tiny.params(cfg)
+  rows, weights = tiny.batch(tiny.tokens(4, 20)), draw_weights((4, 20))
+  assert tiny.forward(params, cfg, rows).hidden.dtype == jnp.bfloat16
+  loss, grad = loss_and_grad(params, cfg, rows, weights)
+  exact_loss, exact_grad = loss_and_grad(params, dataclasses.replace(cfg, dtype='float32'), rows, weights)
+  np.testing.assert_allclose(loss, exact_loss, rtol=0.02)
+  for name, g in param.flat(grad).items():
+    assert g.dtype == jnp.float32
+    if name != 'embed/table' and g.ndim > 1 and 'norm' not in name:      # products; the others are sums of rounded terms
+      assert np.any(np.asarray(g) != np.asarray(g.astype(jnp.bfloat16).astype(jnp.float32))), name
+    e = np.asarray(param.flat(exact_grad)[name])
+    assert np.linalg.norm(g - e) < 0.1 * np.linalg.norm(e), name
+
+
+@pytest.mark.parametrize('changes, match', [
+    (dict(pattern=('mamba',)), "unknown mixer 'mamba'; known are"),
+    (dict(ffn='moe'), "unknown FFN 'moe'; known are"),
+])
+def test_unknown_layers_are_refused(changes, match):
+  with pytest.raises(ValueError, match=match):
+    model.specs(tiny.config(**changes))
+
+
+def test_rows_longer_than_the_model_are_refused():
+  cfg = tiny.config(max_length=8)
+  params = param.abstract(model.specs(cfg))
+  rows = jax.ShapeDtypeStruct((1, 9), jnp.int32)
+  with pytest.raises(ValueError, match='9 tokens are longer than model.max_length, 8'):
+    jax.eval_shape(lambda p, r: model.forward(p, cfg, r, r, r), params, rows)
+  start = jax.ShapeDtypeStruct((1,), jnp.int32)
+  for length, match in ((9, '9 tokens are longer'), (8, '9 slots does not fit')):
+    with pytest.raises(ValueError, match=match):
+      jax.eval_shape(lambda p, r, s, n=length: model.prefill(p, cfg, r[:, :9 if n == 8 else 4], s, n), params, rows, start)
+
+
+def test_what_layers_report_is_collected_by_index_and_name(monkeypatch):
+  class Reporting:
+    """An FFN that says what it saw."""
+    specs, flops = staticmethod(block.FFNS['mlp'].specs), staticmethod(block.FFNS['mlp'].flops)
+
+    @staticmethod
+    def apply(params, cfg, x, segments):
+      y, _ = block.FFNS['mlp'].apply(params, cfg, x, segments)
+      size = jnp.sum(params['gate'])
+      return y, {'aux_loss': {'balance': size}, 'metrics': {'size': size}, 'routes': segments[..., None]}
+
+  monkeypatch.setitem(block.FFNS, 'reporting', Reporting)
+  for unroll in (False, True):
+    cfg = tiny.config(pattern=('attention', ('attention', 'reporting')), unroll=unroll)
+    params = tiny.params(cfg)
+    rows = tiny.batch(tiny.tokens(2, 6))
+    out = tiny.forward(params, cfg, rows)
+    sizes = jnp.sum(params['blocks']['1']['ffn']['gate'], axis=(1, 2))
+    np.testing.assert_allclose(out.aux_loss['balance'], sizes.sum(), rtol=1e-5)
+    np.testing.assert_allclose(out.metrics['size'], sizes.mean(), rtol=1e-5)
+    assert out.routes.keys() == {2, 4}
+    np.testing.assert_array_equal(out.routes[4], rows.segments[..., None])
+
+
+def test_flops_by_hand():
+  cfg = ModelConfig(vocab_size=10, embed_dim=6, num_heads=4, num_kv_heads=2, head_dim=2, ffw_dim=5, repeats=3)
+  projections = 2 * 6 * (8 + 4 + 4 + 8)           # q, k, v, o
+  scores = 2 * 2 * 8 * 20 // 2                    # queries by keys, weights by values, half of 20 positions each
+  assert model.flops(cfg, 20) == 3 * (3 * (projections + scores + 2 * 3 * 6 * 5) + 2 * 6 * 10)
+
+
+def test_flops_are_what_the_compiler_counts():
+  cfg = tiny.config(vocab_size=256, embed_dim=128, num_heads=4, head_dim=32, ffw_dim=256, unroll=True, attention='reference')
+  rows = jax.eval_shape(lambda: tiny.batch(tiny.tokens(4, 16)))
+  weights = jax.ShapeDtypeStruct((4, 16), jnp.float32)
+  counted = loss_and_grad.lower(param.abstract(model.specs(cfg)), cfg, rows, weights).cost_analysis()['flops']
+  # The compiler adds elementwise work, the reference's upper triangle, and the logits computed again backward.
+  assert 1.0 < counted / (4 * 16 * model.flops(cfg, 16)) < 1.12
