@@ -11,7 +11,7 @@ import rl_toy
 from nn.types import Batch
 from rl import losses, pieces
 from rl.compose import compose, ready
-from rl.types import OLD, SAMPLER, Method
+from rl.types import OLD, REFERENCE, SAMPLER, Method
 from rl_toy import strict_ranks  # noqa: F401
 
 ESTIMATORS = {
@@ -360,6 +360,17 @@ def test_the_mask_of_sft_is_its_own():
   _, value = rl_toy.gradient(pieces.sft(mask='demo'), rec, NOW)
   logp = rl_toy.scores(NOW, rec.rows.tokens)[rl_toy.LOGP]
   np.testing.assert_allclose(value, -logp[1, 2:4].mean(), rtol=1e-6)
+
+
+@pytest.mark.parametrize('estimator, expected', [
+    ('k1', 0.1), ('k2', 0.005), ('k3', 0.004837), ('k3_k2', 0.004837)])
+def test_kl_of_a_uniform_policy_by_hand(estimator, expected):
+  """0.1 nats above the reference at every token."""
+  rec = standard()
+  below = np.full_like(rec.results[REFERENCE], -np.log(rl_toy.V) - 0.1)
+  rec = dataclasses.replace(rec, results=rec.results | {REFERENCE: below})
+  _, value = rl_toy.gradient(pieces.kl(estimator, coef=2.0), rec, 0 * NOW)
+  np.testing.assert_allclose(value, 2 * expected, rtol=1e-4)
 
 
 def test_entropy_bonus_of_a_uniform_policy_by_hand():
