@@ -99,7 +99,7 @@ def prompts(run: Any, d: Any, max_prompt: int, side: str, answer: str) -> prompt
   if d.format == 'arithmetic':
     return prompts_lib.Prompts(
         sources.Listed(run.task[side], 'arithmetic'), run.tokenizer, form=form,
-        max_prompt=max_prompt, seed=seed, shuffle=side == 'train')
+        max_prompt=max_prompt, seed=seed, shuffle=side == 'train' and d.shuffle)
   names, share = files_of('rl', d, side)
   rows = sources.load(names, cache_of(run, d))
   if share:

@@ -36,6 +36,21 @@ def compilation_cache(tmp_path_factory):
     del os.environ[name.upper()]
 
 
+def config_file(folder):
+  """A config like tiny, without its generated task: data are read from files."""
+  path = Path(folder) / 'config.py'
+  path.write_text('''
+from configs import base, tiny
+
+def get_config():
+  c = tiny.get_config()
+  c.arithmetic.update(base.get_config().arithmetic)
+  c.sft.data.format = c.rl.data.format = 'problem'
+  return c
+''')
+  return path
+
+
 def arguments(workdir, *overrides, config=TINY):
   """The command line of a run on one device without a report; 'a.b=v' overrides a key."""
   options = ('mesh.data=1', 'report=false', 'log.tensorboard=false', *overrides)
