@@ -62,8 +62,9 @@ def matrix(sizes: Mapping[str, int], axes: tuple[str, ...], contract: tuple[str,
 def stack(specs: Tree, n: int) -> Tree:
   """The table of n equal layers: every array gets a leading "layers" axis of size n."""
   def one(s: Spec) -> Spec:
-    def init(key, shape):
-      return jnp.stack([s.init(jax.random.fold_in(key, i), shape[1:]) for i in range(shape[0])])
+    def init(key, shape):              # by vmap: a program of one layer's size, whatever n
+      keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(shape[0]))
+      return jax.vmap(lambda k: s.init(k, shape[1:]))(keys)
     return dataclasses.replace(s, shape=(n, *s.shape), axes=('layers', *s.axes), init=init)
   return jax.tree.map(one, specs)
 
