@@ -297,13 +297,12 @@ def check_read(config: Tracked, explicit: Sequence[str] = ()) -> None:
   Args:
     config: the view of the whole config through which the run was set up.
     explicit: keys that must be read even at their default: those named on the command line. If
-      phases is one of them, what the file says of phases that were left out does not count.
+      phases is one of them, only they must: the file is then one for other phases, too.
   """
   whole, default = config._block, flat(base.get_config())
-  left_out = set(PHASES) - set(whole.phases) if 'phases' in explicit else ()
   unread = [f'{key} = {value!r} ({reason(whole, key)})' for key, value in flat(whole).items()
             if key not in config._read and (key in explicit or (
-                value != default.get(key, ABSENT) and key.partition('.')[0] not in left_out))]
+                value != default.get(key, ABSENT) and 'phases' not in explicit))]
   if unread:
     raise ValueError('set, but without effect: ' + '; '.join(unread))
 

@@ -85,6 +85,7 @@ class Built:
 
 def plan(config: Any) -> list[tuple[str, int, int]]:
   """(phase, first step, last step) in the order of the run; the steps of all are one count."""
+  config_lib.at_least(0, config, 'seed')
   if not config.phases:
     raise ValueError('phases is empty; name at least one of pretrain, sft, rl')
   if twice := sorted({p for p in config.phases if config.phases.count(p) > 1}):

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 import train_runs
-from train_runs import compilation_cache  # noqa: F401
 
 SECONDS = 240              # after which something hangs
 STEPS = ('sft.steps=20', 'rl.steps=20', 'checkpoint.every=3', 'eval.every=10')

@@ -3,7 +3,6 @@
 import pytest
 
 import train_runs
-from train_runs import compilation_cache  # noqa: F401
 
 # All that a step may depend on: sub-streams, packing, microbatches, several updates per rollout, a
 # filter with refills, a reference policy, a reward in a worker, weights on the sampler mismatch.

@@ -13,7 +13,6 @@ from jax.sharding import PartitionSpec
 
 import train_runs
 from launch import loop, metrics
-from train_runs import compilation_cache  # noqa: F401
 
 # Sizes that all meshes below divide.
 SIZES = ('model.num_kv_heads=2', 'model.vocab_size=264')
