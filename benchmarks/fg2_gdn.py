@@ -1,9 +1,10 @@
-"""The delta-rule ops on one CPU core against transformers' torch rules, and how their cost grows with the length.
+"""The delta-rule ops on one CPU core beside transformers' torch rules, and cost against length.
 
-    python benchmarks/fg2_gdn.py --peer PYTHON          PYTHON: an interpreter with torch and transformers
+    python benchmarks/fg2_gdn.py --peer PYTHON      (an interpreter with torch and transformers)
 
-Both sides get the same float32 inputs, q and k normalised beforehand, and give the same outputs and gradients, which is
-checked in every round: gdn against Qwen3-Next's chunked rule, kda against Kimi-Linear's. Without a peer: ours alone.
+Both sides get the same float32 inputs, q and k normalised beforehand, and give the same outputs and
+gradients, which is checked in every round: gdn against Qwen3-Next's chunked rule, kda against
+Kimi-Linear's. Without a peer: ours alone.
 """
 
 import argparse
@@ -17,13 +18,18 @@ import common
 
 KINDS = ('gdn', 'kda', 'fg2_gdn')
 # (ours, what it is compared with, the aim for ours / theirs)
-PAIRS = (('ours gdn', 'torch gdn', 0.6), ('ours kda', 'torch kda', 0.1),
-         ('ours fg2_gdn', 'ours kda', 1.15), ('ours fg2_gdn', 'torch gdn', 1.0))
+PAIRS = (
+  ('ours gdn', 'torch gdn', 0.6),
+  ('ours kda', 'torch kda', 0.1),
+  ('ours fg2_gdn', 'ours kda', 1.15),
+  ('ours fg2_gdn', 'torch gdn', 1.0),
+)
 
 
 def inputs(o, length):
-  """q, k, v, g per channel, g per head, beta, gates; float32 [1, T, H, ..] of the same seed on both sides."""
+  """q, k, v, g per channel, g per head, beta, gates: float32 [1, T, H, ..], always the same."""
   import numpy as np
+
   rng = np.random.default_rng(0)
   q, k, v = (rng.standard_normal((1, length, o.heads, o.size)) for _ in range(3))
   q, k = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (q, k))
@@ -49,13 +55,27 @@ def ours(o):
 
   for length in o.lengths:
     q, k, v, g, g_head, beta, gate_k, gate_v = map(jnp.asarray, inputs(o, length))
-    for kind, arrays in zip(KINDS, ((q, k, v, g_head, beta), (q, k, v, g, beta), (q, k, v, g, gate_k, gate_v))):
+    for kind, arrays in zip(
+      KINDS, ((q, k, v, g_head, beta), (q, k, v, g, beta), (q, k, v, g, gate_k, gate_v))
+    ):
       rule = getattr(op, kind)
       forward = jax.jit(lambda *x: rule(*x, chunk_size=o.chunk or None))
-      backward = jax.jit(jax.value_and_grad(lambda *x: jnp.mean(rule(*x, chunk_size=o.chunk or None)[0] ** 2), range(len(arrays))))
+      backward = jax.jit(
+        jax.value_and_grad(
+          lambda *x: jnp.mean(rule(*x, chunk_size=o.chunk or None)[0] ** 2), range(len(arrays))
+        )
+      )
       value, gradients = backward(*arrays)
-      report(o, 'ours', kind, length, lambda: jax.block_until_ready(forward(*arrays)),
-             lambda: jax.block_until_ready(backward(*arrays)), value, [jnp.linalg.norm(x) for x in gradients])
+      report(
+        o,
+        'ours',
+        kind,
+        length,
+        lambda: jax.block_until_ready(forward(*arrays)),
+        lambda: jax.block_until_ready(backward(*arrays)),
+        value,
+        [jnp.linalg.norm(x) for x in gradients],
+      )
 
 
 def theirs(o):
@@ -67,12 +87,23 @@ def theirs(o):
   torch.set_num_threads(1)
   for length in o.lengths:
     q, k, v, g, g_head, beta, *_ = map(torch.from_numpy, inputs(o, length))
-    for kind, rule, decay in (('gdn', modeling_qwen3_next.torch_chunk_gated_delta_rule, g_head),
-                              ('kda', modeling_kimi_linear.chunk_kimi_delta_attention, g)):
+    for kind, rule, decay in (
+      ('gdn', modeling_qwen3_next.torch_chunk_gated_delta_rule, g_head),
+      ('kda', modeling_kimi_linear.chunk_kimi_delta_attention, g),
+    ):
       arrays = q, k, v, decay, beta
 
       def run(q, k, v, g, beta):
-        return rule(q, k, v, g=g, beta=beta, initial_state=None, output_final_state=True, use_qk_l2norm_in_kernel=False)
+        return rule(
+          q,
+          k,
+          v,
+          g=g,
+          beta=beta,
+          initial_state=None,
+          output_final_state=True,
+          use_qk_l2norm_in_kernel=False,
+        )
 
       def forward():
         with torch.no_grad():
@@ -89,7 +120,7 @@ def theirs(o):
 
 
 def compare(o, arguments):
-  """Runs the sides in turn and prints the times, the ratios beside their aims, and the growth with the length."""
+  """Runs the sides in turn and prints times, ratios beside their aims, and growth with length."""
   commands = [[sys.executable, sys.argv[0], '--child', 'ours', *arguments]]
   if o.peer:
     commands.append([o.peer, sys.argv[0], '--child', 'theirs', *arguments])
@@ -105,32 +136,54 @@ def compare(o, arguments):
         times[f'{side} {kind}', case['length'], what].append(case['cpu_ms']['median'])
         other = seen.setdefault((kind, case['length']), case['seen'])
         if any(abs(x - y) > 1e-3 * abs(y) for x, y in zip(case['seen'], other)):
-          raise SystemExit(f'{kind} of {case["length"]} tokens: the sides disagree: {case["seen"]} and {other}')
+          raise SystemExit(
+            f'{kind} of {case["length"]} tokens: the sides disagree: {case["seen"]} and {other}'
+          )
 
-  print(f'{o.rounds} rounds in turn, process CPU time on one core, B1, {o.heads} heads of {o.size}, float32, '
-        f'log-decays from -{o.decay} to 0\n')
+  print(
+    f'{o.rounds} rounds in turn, process CPU time on one core, B1, {o.heads} heads of {o.size}, '
+    'float32, '
+    f'log-decays from -{o.decay} to 0\n'
+  )
   print('| case | tokens | pass | CPU ms, median (lowest to highest round) |\n|---|---|---|---|')
   for (name, length, what), values in times.items():
-    print(f'| {name} | {length} | {what} | {statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f}) |')
-  print('\n| ours | compared with | aim | tokens | forward | forward + backward |\n|---|---|---|---|---|---|')
+    print(
+      f'| {name} | {length} | {what} '
+      f'| {statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f}) |'
+    )
+  print(
+    '\n| ours | compared with | aim | tokens | forward | forward + backward |\n|---|---|---|---|---|---|'
+  )
   for mine, other, aim in PAIRS:
     for length in o.lengths:
-      ratios = [statistics.median(times[mine, length, what]) / statistics.median(times[other, length, what])
-                for what in ('forward', 'forward + backward') if times.get((other, length, what))]
+      ratios = [
+        statistics.median(times[mine, length, what]) / statistics.median(times[other, length, what])
+        for what in ('forward', 'forward + backward')
+        if times.get((other, length, what))
+      ]
       if ratios:
-        print(f'| {mine} | {other} | {aim} | {length} | ' + ' | '.join(f'{x:.3f}' for x in ratios) + ' |')
+        print(
+          f'| {mine} | {other} | {aim} | {length} | '
+          + ' | '.join(f'{x:.3f}' for x in ratios)
+          + ' |'
+        )
   pairs = [(a, b) for a in o.lengths for b in o.lengths if b == 4 * a]
   if pairs:
     print('\n| ours | tokens | forward, times as long | forward + backward |\n|---|---|---|---|')
   for kind in KINDS:
     for short, long in pairs:
-      ratios = [statistics.median(times[f'ours {kind}', long, what]) / statistics.median(times[f'ours {kind}', short, what])
-                for what in ('forward', 'forward + backward')]
+      ratios = [
+        statistics.median(times[f'ours {kind}', long, what])
+        / statistics.median(times[f'ours {kind}', short, what])
+        for what in ('forward', 'forward + backward')
+      ]
       print(f'| {kind} | {short} to {long} | ' + ' | '.join(f'{x:.2f}' for x in ratios) + ' |')
 
 
 def main():
-  p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  p = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   p.add_argument('--peer', default='', help='interpreter with torch and transformers')
   p.add_argument('--lengths', type=int, nargs='+', default=[256, 512, 1024, 4096], help='tokens')
   p.add_argument('--heads', type=int, default=8)
@@ -138,8 +191,14 @@ def main():
   p.add_argument('--decay', type=float, default=0.1, help='strongest log-decay of a token, nats')
   p.add_argument('--chunk', type=int, default=0, help='chunk_size of ours; 0: the default')
   p.add_argument('--rounds', type=int, default=5, help='times each side is run, in turn')
-  p.add_argument('--reps', type=int, default=7, help='timed calls of a round, after two that are not')
-  p.add_argument('--child', choices=('ours', 'theirs'), help='run one side once and print cases; what the rounds call')
+  p.add_argument(
+    '--reps', type=int, default=7, help='timed calls of a round, after two that are not'
+  )
+  p.add_argument(
+    '--child',
+    choices=('ours', 'theirs'),
+    help='run one side once and print cases; what the rounds call',
+  )
   o = p.parse_args()
   {'ours': ours, 'theirs': theirs}[o.child](o) if o.child else compare(o, sys.argv[1:])
 

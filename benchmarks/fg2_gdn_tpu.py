@@ -2,9 +2,10 @@
 
     python benchmarks/fg2_gdn_tpu.py --chips v5e v5p v6e --chunks 32 64 128 --heads 1 2 4
 
-Needs the extra `aot`. Bundles are the length of the final code of one grid step: instructions issued if nothing waits, so
-fewer per token is better, but they are not cycles measured. MXU is the share of the matrix units' slots in use. A kernel
-whose blocks do not fit into VMEM is refused by the compiler, and listed so.
+Needs the extra `aot`. Bundles are the length of the final code of one grid step: instructions
+issued if nothing waits, so fewer per token is better, but they are not cycles measured. MXU is the
+share of the matrix units' slots in use. A kernel whose blocks do not fit into VMEM is refused by
+the compiler, and listed so.
 """
 
 import argparse
@@ -27,9 +28,15 @@ COLUMNS = ('bundles', 'bundles_per_token', 'spills', 'mxu')
 
 def prepare(folder):
   """Before jax is imported: have libtpu write its schedules into a folder."""
-  os.environ.update(JAX_PLATFORMS='cpu', TPU_SKIP_MDS_QUERY='1', ALLOW_MULTIPLE_LIBTPU_LOAD='1', TPU_WORKER_ID='0',
-                    TPU_ACCELERATOR_TYPE='v5litepod-8', TPU_WORKER_HOSTNAMES='localhost',
-                    LIBTPU_INIT_ARGS=f'--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true')
+  os.environ.update(
+    JAX_PLATFORMS='cpu',
+    TPU_SKIP_MDS_QUERY='1',
+    ALLOW_MULTIPLE_LIBTPU_LOAD='1',
+    TPU_WORKER_ID='0',
+    TPU_ACCELERATOR_TYPE='v5litepod-8',
+    TPU_WORKER_HOSTNAMES='localhost',
+    LIBTPU_INIT_ARGS=f'--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true',
+  )
 
 
 def compile_for(chip, o, chunk, heads):
@@ -42,21 +49,29 @@ def compile_for(chip, o, chunk, heads):
 
   device = topologies.get_topology_desc(TOPOLOGIES[chip], platform='tpu').devices[0]
   at = jax.sharding.SingleDeviceSharding(device)
-  array = lambda *shape, dtype=o.dtype: jax.ShapeDtypeStruct((1, *shape), jnp.dtype(dtype), sharding=at)
+  array = lambda *shape, dtype=o.dtype: jax.ShapeDtypeStruct(
+    (1, *shape), jnp.dtype(dtype), sharding=at
+  )
   key, value = array(o.length, o.key_heads, o.size), array(o.length, o.value_heads, o.size)
   wide = array(o.length, o.value_heads, o.size)
   state = array(o.value_heads, o.size, o.size, dtype='float32')
 
   def loss(*arrays):
-    o, state = pallas_tpu.scan(*arrays, None, None, symmetric=True, scale=0.1, chunk=chunk, heads=heads)
+    o, state = pallas_tpu.scan(
+      *arrays, None, None, symmetric=True, scale=0.1, chunk=chunk, heads=heads
+    )
     return jnp.sum(o.astype(jnp.float32)) + jnp.sum(state)
 
-  gradient = jax.value_and_grad(loss, range(7))                # without the value, XLA drops the forward kernel proper
-  jax.jit(gradient).lower(key, key, value, array(*wide.shape[1:], dtype='float32'), wide, value, state).compile()
+  gradient = jax.value_and_grad(
+    loss, range(7)
+  )  # without the value, XLA drops the forward kernel proper
+  jax.jit(gradient).lower(
+    key, key, value, array(*wide.shape[1:], dtype='float32'), wide, value, state
+  ).compile()
 
 
 def schedules(folder, tokens, heads):
-  """{kernel: {bundles, bundles per token and head, spilling stores, MXU share}} of what was just compiled."""
+  """{kernel: {bundles, bundles_per_token, spills, mxu}} of what was just compiled."""
   found = {}
   for path in glob.glob(f'{folder}/*final_hlo-static-per-bundle-utilization.txt'):
     name = re.search(KERNEL, path)
@@ -66,14 +81,21 @@ def schedules(folder, tokens, heads):
       use = [[int(x) for x in line.split()] for line in lines[4:] if line.strip()]
       total = dict(zip(columns, map(sum, zip(*use))))
       spills = sum(n for column, n in total.items() if 'STORE:SPILL' in column.upper())
-      found.setdefault(name[1], []).append(dict(
-          bundles=len(use), bundles_per_token=len(use) / tokens / heads, spills=spills,
-          mxu=use and total[columns[0]] / len(use) / int(slots[0])))
+      found.setdefault(name[1], []).append(
+        dict(
+          bundles=len(use),
+          bundles_per_token=len(use) / tokens / heads,
+          spills=spills,
+          mxu=use and total[columns[0]] / len(use) / int(slots[0]),
+        )
+      )
   return {name: max(cases, key=lambda case: case['bundles']) for name, cases in found.items()}
 
 
 def main():
-  p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  p = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   p.add_argument('--chips', nargs='+', default=list(TOPOLOGIES), choices=TOPOLOGIES)
   p.add_argument('--chunks', nargs='+', type=int, default=[64], help='tokens of a chunk')
   p.add_argument('--heads', nargs='+', type=int, default=[1], help='value heads of a grid step')
@@ -87,23 +109,33 @@ def main():
   with tempfile.TemporaryDirectory() as folder:
     prepare(folder)
     if not o.json:
-      print('| chip | chunk | heads | pass | bundles | per token and head | spilling stores | MXU |\n' + '|---' * 8 + '|')
+      print(
+        '| chip | chunk | heads | pass | bundles | per token and head | spilling stores | MXU |\n'
+        + '|---' * 8
+        + '|'
+      )
     for chip, chunk, heads in itertools.product(o.chips, o.chunks, o.heads):
       for path in glob.glob(f'{folder}/*'):
         os.remove(path)
       try:
         compile_for(chip, o, chunk, heads)
         found = schedules(folder, chunk, heads)
-      except Exception as error:  # noqa: BLE001 the compiler's refusal is a result, whatever its type
+      except Exception as error:  # the compiler's refusal is a result, whatever its type
         if 'vmem' not in str(error).lower():
           raise
         found = {'both': None}
       for name, case in sorted(found.items(), reverse=True):
         if o.json:
-          print(json.dumps(dict(chip=chip, chunk=chunk, heads=heads, kernel=name, **(case or {}))), flush=True)
+          print(
+            json.dumps(dict(chip=chip, chunk=chunk, heads=heads, kernel=name, **(case or {}))),
+            flush=True,
+          )
         elif case:
-          print(f'| {chip} | {chunk} | {heads} | {name} | {case["bundles"]} | {case["bundles_per_token"]:.1f} '
-                f'| {case["spills"]} | {case["mxu"]:.2f} |', flush=True)
+          print(
+            f'| {chip} | {chunk} | {heads} | {name} | {case["bundles"]} | {case["bundles_per_token"]:.1f} '
+            f'| {case["spills"]} | {case["mxu"]:.2f} |',
+            flush=True,
+          )
         else:
           print(f'| {chip} | {chunk} | {heads} | both | does not fit into VMEM | | | |', flush=True)
 

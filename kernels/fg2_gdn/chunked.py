@@ -1,16 +1,19 @@
-"""The recurrence of reference.py in chunks of C tokens: matrix products in XLA, with a backward pass of its own.
+"""The recurrence of reference.py in chunks of C tokens: products in XLA, and a backward pass.
 
-B rows, T tokens, H value heads, K key channels, V value channels; a block is R chunks, and inside a block arrays are
-[R, B, H, C, ...]. With A, B, Q, X the stacked a, b, q, x of a chunk, S its incoming state, D_ts the decay from token s
-(exclusive) to token t (inclusive), e_t the decay from the chunk's start to t and f_s from s to its end:
+B rows, T tokens, H value heads, K key channels, V value channels; a block is R chunks, and inside a
+block arrays are [R, B, H, C, ...]. With A, B, Q, X the stacked a, b, q, x of a chunk, S its
+incoming state, D_ts the decay from token s (exclusive) to token t (inclusive), e_t the decay from
+the chunk's start to t and f_s from s to its end:
 
-  L_ts = sum_c B_tc D_tsc A_sc (s < t)      P_ts = sum_c Q_tc D_tsc A_sc (s <= t)      M = (I + L)^-1
-  U = M (X - (B e) S)                       O = (Q e) S + P U                          S' = Diag(e_C) S + (A f)^T U
+  L_ts = sum_c B_tc D_tsc A_sc  (s < t)       P_ts = sum_c Q_tc D_tsc A_sc  (s <= t)
+  M = (I + L)^-1                              U = M (X - (B e) S)
+  O = (Q e) S + P U                           S' = Diag(e_C) S + (A f)^T U
 
-Decays are products of exp(g), never quotients, so no decay is too strong and a forgotten state is a factor 0. L and P
-are built by halving: the lower left block of two neighbouring halves is one product of factors that are both at most 1,
-referenced to the border between the halves; no [C, C, K] array exists. Only the inputs and the state at block borders
-are kept for the backward pass, which computes a block's chunks again.
+Decays are products of exp(g), never quotients, so no decay is too strong and a forgotten state is a
+factor 0. L and P are built by halving: the lower left block of two neighbouring halves is one
+product of factors that are both at most 1, referenced to the border between the halves; no [C, C,
+K] array exists. Only the inputs and the state at block borders are kept for the backward pass,
+which computes a block's chunks again.
 """
 
 import functools
@@ -23,11 +26,13 @@ import numpy as np
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
 def scan(symmetric, scale, chunk, chunks, q, k, v, g, gate_k, gate_v, state, valid, fresh):
-  """reference.scan with its arguments in another order; valid and fresh may be None: all valid, none fresh.
+  """reference.scan, where valid and fresh may be None: all valid, none fresh.
 
   chunk: C, a power of two from 2. chunks: R, chunks of a block. T must be a multiple of R C.
   """
-  return _forward(symmetric, scale, chunk, chunks, q, k, v, g, gate_k, gate_v, state, valid, fresh)[0]
+  return _forward(symmetric, scale, chunk, chunks, q, k, v, g, gate_k, gate_v, state, valid, fresh)[
+    0
+  ]
 
 
 def _forward(symmetric, scale, chunk, chunks, *arrays):
@@ -39,7 +44,9 @@ def _forward(symmetric, scale, chunk, chunks, *arrays):
     o = _dot(part.q * part.start, states) + _dot(part.scores_q, u)
     return after, (_join(o).astype(tokens[2].dtype), state)
 
-  after, (o, borders) = jax.lax.scan(block, state, jnp.arange(tokens[0].shape[1] // (chunk * chunks)))
+  after, (o, borders) = jax.lax.scan(
+    block, state, jnp.arange(tokens[0].shape[1] // (chunk * chunks))
+  )
   return (_unblock(o), after), (*arrays, borders)
 
 
@@ -53,7 +60,9 @@ def _backward(symmetric, scale, chunk, chunks, saved, grads):
     states, u = _states(part, state)[1]
     d_o_block = _split(_slice(d_o, index, chunk * chunks), chunk).astype(state.dtype)
     d_state, d_tokens = _block_backward(part, states, u, d_o_block, d_state, symmetric, scale)
-    return d_state, tuple(_join(_ungroup(x, y.shape[2])).astype(y.dtype) for x, y in zip(d_tokens, tokens))
+    return d_state, tuple(
+      _join(_ungroup(x, y.shape[2])).astype(y.dtype) for x, y in zip(d_tokens, tokens)
+    )
 
   steps = (jnp.arange(borders.shape[0]), borders)
   d_initial, d_tokens = jax.lax.scan(block, d_after.astype(initial.dtype), steps, reverse=True)
@@ -64,20 +73,21 @@ scan.defvjp(_forward, _backward)
 
 
 class Part(NamedTuple):
-  """What a block's forward and backward pass share; arrays are [R, B, H, C, ...] in the state's dtype."""
-  tokens: tuple           # q, k [.., K], v [.., V], g, gate_k, gate_v: as given, but 0 (q, k, v) where not valid
-  kept: tuple             # valid, and valid and not fresh [R, B, 1, C, 1], or None
-  q: jax.Array            # [.., K] times scale
-  a: jax.Array            # [.., K]
-  b: jax.Array            # [.., K]
-  pairs: tuple            # what _scores needs again in _scores_backward
-  start: jax.Array        # [.., K or 1] decay from the chunk's start, e
-  end_t: jax.Array        # [R, B, H, K, C] transposed A f
-  end: jax.Array          # [.., K or 1] decay to the chunk's end, f
-  scores_q: jax.Array     # [.., C] P
-  inverse: jax.Array      # [.., C] M
-  written: jax.Array      # [.., V] M X
-  erased: jax.Array       # [.., K] M (B e)
+  """What the passes over a block share; arrays are [R, B, H, C, ...] in the state's dtype."""
+
+  tokens: tuple  # q, k, v, g, gate_k, gate_v; q, k and v are 0 where not valid
+  valid: jax.Array | None  # [R, B, 1, C, 1] of 0 and 1
+  q: jax.Array  # [.., K] times scale
+  a: jax.Array  # [.., K]
+  b: jax.Array  # [.., K]
+  pairs: tuple  # what _scores needs again in _scores_backward
+  start: jax.Array  # [.., K or 1] decay from the chunk's start, e
+  end_t: jax.Array  # [R, B, H, K, C] transposed A f
+  end: jax.Array  # [.., K or 1] decay to the chunk's end, f
+  scores_q: jax.Array  # [.., C] P
+  inverse: jax.Array  # [.., C] M
+  written: jax.Array  # [.., V] M X
+  erased: jax.Array  # [.., K] M (B e)
 
 
 def _part(tokens, valid, fresh, index, chunk, chunks, symmetric, scale, dtype):
@@ -86,12 +96,10 @@ def _part(tokens, valid, fresh, index, chunk, chunks, symmetric, scale, dtype):
   q, k, v, g, gate_k, gate_v = map(cut, tokens)
   q, k = (jnp.repeat(x, v.shape[2] // x.shape[2], axis=2) for x in (q, k))
   decay = jnp.exp(g)
-  kept = None
   if valid is not None:
     valid, fresh = (cut(x[..., None, None]) for x in (valid, fresh))
     q, k, v = q * valid, k * valid, v * valid
     decay = jnp.where(valid == 0, 1, decay) * (1 - fresh)
-    kept = valid, valid * (1 - fresh)
   b = gate_k * k
   a = b if symmetric else k
   scaled = scale * q
@@ -102,11 +110,26 @@ def _part(tokens, valid, fresh, index, chunk, chunks, symmetric, scale, dtype):
   solved = _dot(inverse, jnp.concatenate([gate_v * v, b * start], axis=-1))
   written, erased = jnp.split(solved, [v.shape[-1]], axis=-1)
   end_t = _transpose(a * end)
-  return Part((q, k, v, g, gate_k, gate_v), kept, scaled, a, b, pairs, start, end_t, end, scores_q, inverse, written, erased)
+  return Part(
+    (q, k, v, g, gate_k, gate_v),
+    valid,
+    scaled,
+    a,
+    b,
+    pairs,
+    start,
+    end_t,
+    end,
+    scores_q,
+    inverse,
+    written,
+    erased,
+  )
 
 
 def _states(part, state):
-  """The state after a block, and per chunk the state before it [R, B, H, K, V] and U [R, B, H, C, V]."""
+  """The state after a block, and of its chunks the states before, and U [R, B, H, C, V]."""
+
   def step(state, at):
     written, erased, end_t, start = at
     u = written - _dot(erased, state)
@@ -116,11 +139,11 @@ def _states(part, state):
 
 
 def _block_backward(part, states, u, d_o, d_state, symmetric, scale):
-  """Gradients of a block (spelled out in reference order: q, k, v, g, gate_k, gate_v) and of the state before it.
+  """The gradients of the state before a block, and of its q, k, v, g, gate_k, gate_v.
 
-  With dS the gradient of the state after a chunk: dU = P^T dO + (A f) dS, dX = M^T dU, dP = tril(dO U^T),
-  dL = -stril(dX U^T), and dS before it = Diag(e_C) dS + (Q e)^T dO - W^T dU. States are transposed here, [V, K],
-  which lets every product but one run over rows as they lie.
+  With dS the gradient of the state after a chunk: dU = P^T dO + (A f) dS, dX = M^T dU, dP = tril(dO
+  U^T), dL = -stril(dX U^T), and dS before it = Diag(e_C) dS + (Q e)^T dO - W^T dU. States are
+  transposed here, [V, K], which lets every product but one run over rows as they lie.
   """
   d_o_t = _transpose(d_o)
   d_u_t = _dot(d_o_t, part.scores_q)
@@ -132,7 +155,9 @@ def _block_backward(part, states, u, d_o, d_state, symmetric, scale):
     return d_state_t * start + read - _dot(d_u_t, erased), (d_state_t, d_u_t)
 
   at = d_u_t, read, part.erased, part.end_t, part.start[..., -1:, :]
-  d_state_t, (d_states_t, d_u_t) = jax.lax.scan(step, jnp.swapaxes(d_state, -1, -2), at, reverse=True)
+  d_state_t, (d_states_t, d_u_t) = jax.lax.scan(
+    step, jnp.swapaxes(d_state, -1, -2), at, reverse=True
+  )
   d_x = _transpose(_dot(d_u_t, part.inverse))
   d_rows = jnp.concatenate([d_o, -d_x], axis=-2)
   d_scores = _dot_t(d_rows, u)
@@ -158,17 +183,17 @@ def _block_backward(part, states, u, d_o, d_state, symmetric, scale):
   d_k = gate_k * d_written if symmetric else d_a + gate_k * d_b
   d_gate_k = _inner(k, d_written, gate_k)
   d_v, d_gate_v = gate_v * d_x, _inner(v, d_x, gate_v)
-  if part.kept is not None:
-    valid, running = part.kept
-    d_q, d_k, d_v, d_g = d_q * valid, d_k * valid, d_v * valid, d_g * running
+  if part.valid is not None:
+    d_q, d_k, d_v, d_g = (x * part.valid for x in (d_q, d_k, d_v, d_g))
   return jnp.swapaxes(d_state_t, -1, -2), (d_q, d_k, d_v, d_g, d_gate_k, d_gate_v)
 
 
 def _decays(decay):
-  """Products of decays [.., C, K] over rows: per level (start of lower halves, end of upper halves), and of the chunk.
+  """Products of decays [.., C, K] over rows: of the halves of every level, and of the chunk.
 
-  start[t] is the product from its half's first row to t, end[s] from s + 1 to its half's last row. Level h has the
-  halves of h rows, [.., C / 2h, h, K]; the last two results are the same for the whole chunk, [.., C, K].
+  start[t] is the product from its half's first row to t, end[s] from s + 1 to its half's last row.
+  Level h has the halves of h rows, [.., C / 2h, h, K]; the last two results are the same for the
+  whole chunk, [.., C, K].
   """
   start, end = decay, jnp.ones_like(decay)
   levels = []
@@ -227,7 +252,7 @@ def _scores_backward(d_scores, pairs):
 
 
 def _assemble(blocks):
-  """Lower left blocks [.., C / 2h, S, h, h] of every level, from h = 1 -> the strictly lower matrix [.., S, C, C]."""
+  """Lower left blocks [.., C / 2h, S, h, h], from h = 1 -> strictly lower [.., S, C, C]."""
   matrix = jnp.stack([jnp.zeros_like(blocks[0])] * 2, axis=-4)
   for block in blocks:
     pair = matrix.reshape(*block.shape[:-3], 2, *block.shape[-3:])
@@ -238,7 +263,7 @@ def _assemble(blocks):
 
 
 def _disassemble(matrix):
-  """The lower left blocks [.., C / 2h, S h, h] of every level, from h = 1, of a matrix [.., S C, C], S = 2."""
+  """The lower left blocks [.., C / 2h, 2 h, h], from h = 1, of two matrices [.., 2 C, C]."""
   size = matrix.shape[-1]
   matrix = matrix.reshape(*matrix.shape[:-2], 1, 2, size, size)
   blocks = []
@@ -254,8 +279,9 @@ def _disassemble(matrix):
 def _inverse(lower):
   """(I + lower)^-1 of strictly lower matrices [.., C, C], by halves.
 
-  The block of a pair of halves is minus inverse x block x inverse. The powers of `lower` in a Neumann product would
-  grow like binomials where neighbouring keys are alike and cancel; nothing grows here.
+  The block of a pair of halves is minus inverse x block x inverse. The powers of `lower` in a
+  Neumann product would grow like binomials where neighbouring keys are alike and cancel; nothing
+  grows here.
   """
   row, column = np.indices(lower.shape[-2:])
   result = np.eye(len(row), dtype=lower.dtype)
@@ -283,7 +309,7 @@ def _dot_t(x, y):
 
 
 def _transpose(x):
-  """Swaps the last two dimensions in memory; folded into the product that reads it, that product is slow on CPU."""
+  """Swaps the last two dimensions in memory: a product that reads them swapped is slow on CPU."""
   return jax.lax.optimization_barrier(jnp.swapaxes(x, -1, -2))
 
 

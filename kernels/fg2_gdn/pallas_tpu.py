@@ -1,4 +1,4 @@
-"""The recurrence of reference.py as Mosaic TPU kernels: one chunk of C tokens of a few heads per grid step.
+"""The recurrence of reference.py as Mosaic TPU kernels: a chunk of C tokens per grid step.
 
 B rows, T tokens, Hk key heads, Hv value heads, K key channels, V value channels (filled up with
 zeros to multiples of 128), N chunks. The algebra and its letters are those of chunked.py, with the
@@ -25,11 +25,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 LANES = 128
-FORGET = -1e4          # exp of any sum of log-decays with this one in it is 0
+FORGET = -1e4  # exp of any sum of log-decays with this one in it is 0
 
 
 class Setup(NamedTuple):
   """What is static: see `scan`. key_size and value_size are K and V after filling up."""
+
   symmetric: bool
   scale: float
   chunk: int
@@ -40,15 +41,33 @@ class Setup(NamedTuple):
   interpret: object
 
 
-def scan(q, k, v, g, gate_k, gate_v, state, valid, fresh, *, symmetric, scale, chunk, heads, interpret=False):
-  """reference.scan; valid and fresh may be None. heads: at most as many value heads share a grid step."""
+def scan(
+  q,
+  k,
+  v,
+  g,
+  gate_k,
+  gate_v,
+  state,
+  valid,
+  fresh,
+  *,
+  symmetric,
+  scale,
+  chunk,
+  heads,
+  interpret=False,
+):
+  """reference.scan; valid and fresh may be None. heads: value heads of a grid step, at most."""
   length, value_heads = v.shape[1:3]
   group = value_heads // k.shape[2]
   if valid is not None:
     valid, fresh = valid[..., None, None], fresh[..., None, None]
     q, k, v = (jnp.where(valid, x, 0) for x in (q, k, v))
     g = jnp.where(fresh, FORGET, jnp.where(valid, g, 0))
-  fits = [n for n in range(1, heads + 1) if value_heads % n == 0 and (n % group == 0 or group % n == 0)]
+  fits = [
+    n for n in range(1, heads + 1) if value_heads % n == 0 and (n % group == 0 or group % n == 0)
+  ]
   size = [-(-x.shape[-1] // LANES) * LANES for x in (k, v)]
   setup = Setup(symmetric, scale, chunk, max(fits), group, *size, interpret)
 
@@ -57,13 +76,18 @@ def scan(q, k, v, g, gate_k, gate_v, state, valid, fresh, *, symmetric, scale, c
     x = jnp.pad(x, [(0, 0), (0, -length % chunk), (0, 0), (0, size - x.shape[-1])])
     return x.reshape(*x.shape[:2], -1)
 
-  key, value = functools.partial(flat, like=k, size=size[0]), functools.partial(flat, like=v, size=size[1])
+  key, value = (
+    functools.partial(flat, like=k, size=size[0]),
+    functools.partial(flat, like=v, size=size[1]),
+  )
   state_t = jnp.swapaxes(state, -1, -2).astype(jnp.float32)
-  state_t = jnp.pad(state_t, [(0, 0), (0, 0), (0, size[1] - v.shape[-1]), (0, size[0] - k.shape[-1])])
+  state_t = jnp.pad(
+    state_t, [(0, 0), (0, 0), (0, size[1] - v.shape[-1]), (0, size[0] - k.shape[-1])]
+  )
   arrays = key(q), key(k), value(v), key(g.astype(jnp.float32)), key(gate_k), value(gate_v), state_t
   o, state_t = _scan(setup, *arrays)
-  o = o.reshape(*o.shape[:2], value_heads, -1)[:, :length, :, :v.shape[-1]]
-  return o, jnp.swapaxes(state_t[:, :, :v.shape[-1], :k.shape[-1]], -1, -2)
+  o = o.reshape(*o.shape[:2], value_heads, -1)[:, :length, :, : v.shape[-1]]
+  return o, jnp.swapaxes(state_t[:, :, : v.shape[-1], : k.shape[-1]], -1, -2)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -80,8 +104,10 @@ def _scan_backward(setup, arrays, grads):
   d_q, d_k, d_v, d_g, d_gate_k, d_gate_v, d_state = _call_backward(setup, arrays, states, *grads)
   if setup.group > 1:
     grouped = (*d_q.shape[:2], -1, setup.group, setup.key_size)
-    d_q, d_k = (jnp.sum(x.reshape(grouped), axis=3).reshape(y.shape).astype(y.dtype)
-                for x, y in ((d_q, arrays[0]), (d_k, arrays[1])))
+    d_q, d_k = (
+      jnp.sum(x.reshape(grouped), axis=3).reshape(y.shape).astype(y.dtype)
+      for x, y in ((d_q, arrays[0]), (d_k, arrays[1]))
+    )
   return d_q, d_k, d_v, d_g, d_gate_k, d_gate_v, d_state
 
 
@@ -89,17 +115,28 @@ _scan.defvjp(_scan_forward, _scan_backward)
 
 
 def _call_forward(setup, arrays, keep):
-  """Output and final state; or, if keep, the states before every chunk, [B, Hv, N, V, K] float32."""
+  """Output and final state; if keep, the states before all chunks [B, Hv, N, V, K] float32."""
   grid, rows, borders, whole = _blocks(setup, arrays, lambda n: n)
   tokens, state = arrays[:6], arrays[6]
   if keep:
-    out, specs = [jax.ShapeDtypeStruct((*state.shape[:2], grid[2], *state.shape[2:]), jnp.float32)], [borders]
+    out, specs = (
+      [jax.ShapeDtypeStruct((*state.shape[:2], grid[2], *state.shape[2:]), jnp.float32)],
+      [borders],
+    )
   else:
-    out = [jax.ShapeDtypeStruct(tokens[2].shape, tokens[2].dtype), jax.ShapeDtypeStruct(state.shape, jnp.float32)]
+    out = [
+      jax.ShapeDtypeStruct(tokens[2].shape, tokens[2].dtype),
+      jax.ShapeDtypeStruct(state.shape, jnp.float32),
+    ]
     specs = [rows[2], whole]
   result = _call(
-      functools.partial(_forward_kernel, setup=setup, keep=keep), setup, grid,
-      [_constant(_sums(setup)), *rows, whole], specs, out)(_sums(setup), *tokens, state)
+    functools.partial(_forward_kernel, setup=setup, keep=keep),
+    setup,
+    grid,
+    [_constant(_sums(setup)), *rows, whole],
+    specs,
+    out,
+  )(_sums(setup), *tokens, state)
   return result[0] if keep else tuple(result)
 
 
@@ -111,29 +148,41 @@ def _call_backward(setup, arrays, states, d_o, d_after):
   per_value_head = (rows[3], rows[3], *rows[2:])
   width = tokens[3].shape
   shapes = [(width, tokens[0]), (width, tokens[1])] + [(x.shape, x) for x in tokens[2:]]
-  out = [jax.ShapeDtypeStruct(shape, jnp.float32 if setup.group > 1 and i < 2 else x.dtype)
-         for i, (shape, x) in enumerate(shapes)] + [jax.ShapeDtypeStruct(d_after.shape, jnp.float32)]
+  out = [
+    jax.ShapeDtypeStruct(shape, jnp.float32 if setup.group > 1 and i < 2 else x.dtype)
+    for i, (shape, x) in enumerate(shapes)
+  ] + [jax.ShapeDtypeStruct(d_after.shape, jnp.float32)]
   sums = _sums(setup)
   return _call(
-      functools.partial(_backward_kernel, setup=setup), setup, grid,
-      [_constant(sums), _constant(sums.T), *rows, borders, rows[2], whole], [*per_value_head, whole], out,
+    functools.partial(_backward_kernel, setup=setup),
+    setup,
+    grid,
+    [_constant(sums), _constant(sums.T), *rows, borders, rows[2], whole],
+    [*per_value_head, whole],
+    out,
   )(sums, sums.T, *tokens, states, d_o, d_after)
 
 
 def _call(kernel, setup, grid, in_specs, out_specs, out_shape):
   return pl.pallas_call(
-      kernel, grid=grid, in_specs=in_specs, out_specs=out_specs, out_shape=out_shape,
-      scratch_shapes=[pltpu.VMEM((setup.heads, setup.value_size, setup.key_size), jnp.float32)],
-      compiler_params=pltpu.CompilerParams(dimension_semantics=('parallel', 'parallel', 'arbitrary')),
-      interpret=setup.interpret, name=kernel.func.__name__.strip('_'))
+    kernel,
+    grid=grid,
+    in_specs=in_specs,
+    out_specs=out_specs,
+    out_shape=out_shape,
+    scratch_shapes=[pltpu.VMEM((setup.heads, setup.value_size, setup.key_size), jnp.float32)],
+    compiler_params=pltpu.CompilerParams(dimension_semantics=('parallel', 'parallel', 'arbitrary')),
+    interpret=setup.interpret,
+    name=kernel.func.__name__.strip('_'),
+  )
 
 
 def _blocks(setup, arrays, at):
-  """The grid, and block specs of the six token arrays, of states at borders, and of one state; at: step -> chunk."""
+  """Grid, and block specs of token arrays, of states at borders, of a state. at: step -> chunk."""
   batch, length, width = arrays[3].shape
   grid = batch, width // (setup.heads * setup.key_size), length // setup.chunk
   key_heads = max(1, setup.heads // setup.group)
-  repeats = max(1, setup.group // setup.heads)        # grid steps that read the same key heads
+  repeats = max(1, setup.group // setup.heads)  # grid steps that read the same key heads
   first_key = lambda j: jax.lax.div(j, repeats)
 
   def rows(heads, size, head=lambda j: j):
@@ -168,15 +217,16 @@ def _sums(setup):
 
 class Chunk(NamedTuple):
   """What the passes over a chunk share, all float32."""
-  q: jax.Array            # [C, K] times scale
-  a: jax.Array            # [C, K]
-  b: jax.Array            # [C, K]
-  decays: list            # per level [C, K]
-  pairs: list             # per level: left [2 C, K] and right [C, K] factors of the scores
-  start: jax.Array        # [C, K] e
-  end: jax.Array          # [C, K] f
-  scores: jax.Array       # [C, C] P
-  inverse: jax.Array      # [C, C] M
+
+  q: jax.Array  # [C, K] times scale
+  a: jax.Array  # [C, K]
+  b: jax.Array  # [C, K]
+  decays: list  # per level [C, K]
+  pairs: list  # per level: left [2 C, K] and right [C, K] factors of the scores
+  start: jax.Array  # [C, K] e
+  end: jax.Array  # [C, K] f
+  scores: jax.Array  # [C, C] P
+  inverse: jax.Array  # [C, C] M
 
 
 def _chunk(setup, exact, sums, q, k, g, gate_k):
@@ -184,8 +234,10 @@ def _chunk(setup, exact, sums, q, k, g, gate_k):
   q, b = setup.scale * q, gate_k * k
   a = b if setup.symmetric else k
   decays = jnp.exp(_dot_01(sums, g, exact))
-  *levels, start, end = [decays[i:i + size] for i in range(0, decays.shape[0], size)]
-  scores = jnp.where(_same(2 * size, size, size), _dot_nt(jnp.concatenate([q, jnp.zeros_like(q)]), a, exact), 0)
+  *levels, start, end = [decays[i : i + size] for i in range(0, decays.shape[0], size)]
+  scores = jnp.where(
+    _same(2 * size, size, size), _dot_nt(jnp.concatenate([q, jnp.zeros_like(q)]), a, exact), 0
+  )
   pairs = []
   for level, decay in enumerate(levels):
     lower = _lower(decay.shape, 1 << level)
@@ -207,7 +259,12 @@ def _forward_kernel(sums, q, k, v, g, gate_k, gate_v, state, *out, setup, keep):
   exact = v.dtype == jnp.float32
   for h in range(setup.heads):
     key, head, values = _lanes(setup, h)
-    part = _chunk(setup, exact, sums[...], *(_load(x, at) for x, at in ((q, key), (k, key), (g, head), (gate_k, head))))
+    part = _chunk(
+      setup,
+      exact,
+      sums[...],
+      *(_load(x, at) for x, at in ((q, key), (k, key), (g, head), (gate_k, head))),
+    )
     before = carry[h]
     if keep:
       out[0][0, h, 0] = before
@@ -219,13 +276,35 @@ def _forward_kernel(sums, q, k, v, g, gate_k, gate_v, state, *out, setup, keep):
     carry[h] = before * part.start[-1:] + _dot_tn(u, part.a * part.end, exact)
 
   if not keep:
+
     @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
     def _():
       out[1][0] = carry[...]
 
 
-def _backward_kernel(sums, sums_t, q, k, v, g, gate_k, gate_v, states, d_o, d_after,
-                     d_q, d_k, d_v, d_g, d_gate_k, d_gate_v, d_state, carry, *, setup):
+def _backward_kernel(
+  sums,
+  sums_t,
+  q,
+  k,
+  v,
+  g,
+  gate_k,
+  gate_v,
+  states,
+  d_o,
+  d_after,
+  d_q,
+  d_k,
+  d_v,
+  d_g,
+  d_gate_k,
+  d_gate_v,
+  d_state,
+  carry,
+  *,
+  setup,
+):
   @pl.when(pl.program_id(2) == 0)
   def _():
     carry[...] = d_after[0]
@@ -250,7 +329,10 @@ def _backward_kernel(sums, sums_t, q, k, v, g, gate_k, gate_v, states, d_o, d_af
 
     through = part.start[-1:] * jnp.sum(before * d_next, axis=0, keepdims=True)
     last = jax.lax.broadcasted_iota(jnp.int32, part.start.shape, 0) == size - 1
-    terms = [part.q * d_qb[:size] + part.b * d_qb[size:] + jnp.where(last, through, 0), part.a * d_a]
+    terms = [
+      part.q * d_qb[:size] + part.b * d_qb[size:] + jnp.where(last, through, 0),
+      part.a * d_a,
+    ]
     levels = []
     for level, (decay, (left, right)) in enumerate(zip(part.decays, part.pairs)):
       block = jnp.where(_block(2 * size, size, 1 << level), d_scores, 0)
@@ -267,7 +349,9 @@ def _backward_kernel(sums, sums_t, q, k, v, g, gate_k, gate_v, states, d_o, d_af
     d_b = d_qb[size:]
     d_gated = d_a + d_b if setup.symmetric else d_b
     d_q[0, :, head] = (setup.scale * d_queries).astype(d_q.dtype)
-    d_k[0, :, head] = (gates_k * d_gated if setup.symmetric else d_a + gates_k * d_b).astype(d_k.dtype)
+    d_k[0, :, head] = (gates_k * d_gated if setup.symmetric else d_a + gates_k * d_b).astype(
+      d_k.dtype
+    )
     d_gate_k[0, :, head] = (keys * d_gated).astype(d_gate_k.dtype)
     d_v[0, :, values] = (gates_v * d_x).astype(d_v.dtype)
     d_gate_v[0, :, values] = (given * d_x).astype(d_gate_v.dtype)
@@ -294,8 +378,10 @@ def _inverse(lower, exact):
 def _lanes(setup, h):
   """Where value head h of a block lies in its key, value-head-wide key, and value arrays."""
   key = h // setup.group if setup.heads % setup.group == 0 else 0
-  return tuple(slice(i * size, (i + 1) * size) for i, size in (
-      (key, setup.key_size), (h, setup.key_size), (h, setup.value_size)))
+  return tuple(
+    slice(i * size, (i + 1) * size)
+    for i, size in ((key, setup.key_size), (h, setup.key_size), (h, setup.value_size))
+  )
 
 
 def _load(ref, lanes):
@@ -325,8 +411,12 @@ def _product(x, y, dimensions, exact):
   if not exact:
     x, y = x.astype(jnp.bfloat16), y.astype(jnp.bfloat16)
   return jax.lax.dot_general(
-      x, y, (dimensions, ((), ())), preferred_element_type=jnp.float32,
-      precision=jax.lax.Precision.HIGHEST if exact else None)
+    x,
+    y,
+    (dimensions, ((), ())),
+    preferred_element_type=jnp.float32,
+    precision=jax.lax.Precision.HIGHEST if exact else None,
+  )
 
 
 def _dot(x, y, exact):

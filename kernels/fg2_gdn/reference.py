@@ -1,6 +1,7 @@
-"""The gated delta rule with channel-wise learning rates, token by token: the definition the fast forms are held to.
+"""The delta-rule family token by token: the definition that the fast forms are held to.
 
-B rows, T tokens, Hk key heads, Hv value heads, K key channels, V value channels. Value head h reads key head h // (Hv // Hk).
+B rows, T tokens, Hk key heads, Hv value heads, K key channels, V value channels. Value head h reads
+key head h // (Hv // Hk).
 """
 
 import jax
@@ -32,12 +33,15 @@ def scan(q, k, v, g, gate_k, gate_v, state, valid, fresh, *, symmetric, scale):
     state: [B, Hv, K, V], before the first token.
     valid: [B, T] bool; False: padding.
     fresh: [B, T] bool; True: the state is forgotten before this token.
-    symmetric: whether gate_k scales the key where it writes (FG2-GDN), or only where it erases (KDA, GDN-2).
+    symmetric: whether gate_k scales the key where it writes (FG2-GDN), or only where it erases
+      (KDA, GDN-2).
     scale: what the output is multiplied by.
 
   Returns:
-    o [B, T, Hv, V] in v's dtype, and the state after the last token [B, Hv, K, V]; computed in state's dtype.
+    o [B, T, Hv, V] in v's dtype, and the state after the last token [B, Hv, K, V]; computed in
+    state's dtype.
   """
+
   def token(state, at):
     *arrays, valid, fresh = at
     q, k, v, g, gate_k, gate_v = (x.astype(state.dtype) for x in arrays)
@@ -52,12 +56,12 @@ def scan(q, k, v, g, gate_k, gate_v, state, valid, fresh, *, symmetric, scale):
 
 
 def step(q, k, v, g, gate_k, gate_v, state, *, symmetric, scale):
-  """One token of `scan`: the same arrays without T, all in one dtype -> o [B, Hv, V], state [B, Hv, K, V]."""
+  """One token of `scan`: its arrays without T, in one dtype -> o [B, Hv, V], state."""
   group = v.shape[1] // k.shape[1]
   q, k = (jnp.repeat(x, group, axis=1) for x in (q, k))
   b = gate_k * k
   a = b if symmetric else k
   decayed = jnp.exp(g)[..., None] * state
-  u = gate_v * v - jnp.einsum('bhkv,bhk->bhv', decayed, b)
+  u = gate_v * v - jnp.einsum('bhkv,bhk->bhv', decayed, b, precision='highest')
   state = decayed + a[..., None] * u[..., None, :]
-  return scale * jnp.einsum('bhkv,bhk->bhv', state, q), state
+  return scale * jnp.einsum('bhkv,bhk->bhv', state, q, precision='highest'), state

@@ -1,6 +1,7 @@
-"""The delta-rule family: the definition against explicit matrices, the fast forms against the definition, and what must not matter.
+"""The delta-rule family: definition against matrices, fast forms against definition, invariances.
 
-Laws are checked in float64 where they are exact in exact arithmetic, so that the tolerance is a rounding and no more.
+Laws are checked in float64 where they are exact in exact arithmetic, so that the tolerance is a
+rounding and no more.
 """
 
 import functools
@@ -15,8 +16,18 @@ from kernels import fg2_gdn as op
 # Small arrays, many programs: without LLVM's optimisation these compile in less than half the time.
 OPTIONS = {'xla_backend_optimization_level': 0}
 B, HK, HV, K, V = 2, 2, 4, 8, 6
-SEGMENTS = np.array([[0, 0, 0] + [7] * 9 + [2] * 1 + [7] * 12 + [0, 0] + [7] * 6 + [5] * 4,     # the second 7 is another document
-                     [1] * 20 + [0] * 3 + [1] * 2 + [0] * 1 + [2] * 8 + [0] * 3])
+SEGMENTS = np.array(
+  [
+    [0, 0, 0]
+    + [7] * 9
+    + [2] * 1
+    + [7] * 12
+    + [0, 0]
+    + [7] * 6
+    + [5] * 4,  # the second 7 is another document
+    [1] * 20 + [0] * 3 + [1] * 2 + [0] * 1 + [2] * 8 + [0] * 3,
+  ]
+)
 
 
 @pytest.fixture
@@ -39,21 +50,34 @@ def inputs(length, dtype=np.float64, seed=0, value_width=V):
   k = normal(HK, K)
   k /= np.linalg.norm(k, axis=-1, keepdims=True)
   arrays = dict(
-      q=normal(HK, K), k=k, v=normal(HV, value_width), g=-np.exp(normal(HV, K)), g_head=-np.exp(normal(HV)),
-      gate_k=1 / (1 + np.exp(-normal(HV, K))), gate_v=1 / (1 + np.exp(-normal(HV, value_width))),
-      beta=2 / (1 + np.exp(-normal(HV))), state=rng.standard_normal((B, HV, K, value_width)))
+    q=normal(HK, K),
+    k=k,
+    v=normal(HV, value_width),
+    g=-np.exp(normal(HV, K)),
+    g_head=-np.exp(normal(HV)),
+    gate_k=1 / (1 + np.exp(-normal(HV, K))),
+    gate_v=1 / (1 + np.exp(-normal(HV, value_width))),
+    beta=2 / (1 + np.exp(-normal(HV))),
+    state=rng.standard_normal((B, HV, K, value_width)),
+  )
   return {name: jnp.asarray(x, dtype) for name, x in arrays.items()}
 
 
 # variant -> (the op, its arguments after q, k, v)
 VARIANTS = {
-    'fg2': (op.fg2_gdn, ('g', 'gate_k')),
-    'fg2_plus': (op.fg2_gdn, ('g', 'gate_k', 'gate_v')),
-    'kda': (op.kda, ('g', 'beta')),
-    'gdn': (op.gdn, ('g_head', 'beta')),
-    'gdn2': (op.gdn2, ('g', 'gate_k', 'gate_v')),
+  'fg2': (op.fg2_gdn, ('g', 'gate_k')),
+  'fg2_plus': (op.fg2_gdn, ('g', 'gate_k', 'gate_v')),
+  'kda': (op.kda, ('g', 'beta')),
+  'gdn': (op.gdn, ('g_head', 'beta')),
+  'gdn2': (op.gdn2, ('g', 'gate_k', 'gate_v')),
 }
-STEPS = {'fg2': op.fg2_gdn_step, 'fg2_plus': op.fg2_gdn_step, 'kda': op.kda_step, 'gdn': op.kda_step, 'gdn2': op.gdn2_step}
+STEPS = {
+  'fg2': op.fg2_gdn_step,
+  'fg2_plus': op.fg2_gdn_step,
+  'kda': op.kda_step,
+  'gdn': op.kda_step,
+  'gdn2': op.gdn2_step,
+}
 
 
 def apply(variant, arrays, segment_ids=None, **options):
@@ -73,7 +97,7 @@ def width(variant):
 
 
 def value_and_gradients(variant, arrays, **options):
-  """Output, final state and the gradient of a random reading of both with respect to every argument."""
+  """Output, final state and the gradients of a random reading of both."""
   names = ('q', 'k', 'v', *VARIANTS[variant][1], 'state')
   rng = np.random.default_rng(1)
 
@@ -84,7 +108,9 @@ def value_and_gradients(variant, arrays, **options):
 
   gradient = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=OPTIONS)
   (_, values), gradients = gradient({name: arrays[name] for name in names})
-  return dict(zip(('o', 'final_state'), values)) | {f'gradient of {name}': x for name, x in gradients.items()}
+  return dict(zip(('o', 'final_state'), values)) | {
+    f'gradient of {name}': x for name, x in gradients.items()
+  }
 
 
 def assert_close(actual, expected, tolerance, zero=0.0):
@@ -92,11 +118,14 @@ def assert_close(actual, expected, tolerance, zero=0.0):
   for name in expected:
     x, y = (np.asarray(z[name], np.float64) for z in (actual, expected))
     assert np.isfinite(x).all(), name
-    assert np.abs(x - y).max() <= tolerance * np.abs(y).max() + zero, (name, np.abs(x - y).max() / np.abs(y).max())
+    assert np.abs(x - y).max() <= tolerance * np.abs(y).max() + zero, (
+      name,
+      np.abs(x - y).max() / np.abs(y).max(),
+    )
 
 
 def explicit(variant, arrays, scale):
-  """Spelled out with matrices in numpy: S_t = (I - a b^T) Diag(exp g) S_{t-1} + a x^T, o_t = scale S_t^T q_t."""
+  """In numpy: S_t = (I - a b^T) Diag(exp g) S_{t-1} + a x^T, o_t = scale S_t^T q_t."""
   x = {name: np.asarray(y, np.float64) for name, y in arrays.items()}
   o, states = np.zeros(x['v'].shape), x['state'].copy()
   for row in range(B):
@@ -130,7 +159,9 @@ def test_reference_is_the_recurrence(x64, variant):
 def test_chunked_equals_reference_in_values_and_every_gradient(x64, small_blocks, variant):
   arrays = inputs(37, value_width=width(variant))
   expected = value_and_gradients(variant, arrays, segment_ids=SEGMENTS, implementation='reference')
-  actual = value_and_gradients(variant, arrays, segment_ids=SEGMENTS, implementation='chunked', chunk_size=4)
+  actual = value_and_gradients(
+    variant, arrays, segment_ids=SEGMENTS, implementation='chunked', chunk_size=4
+  )
   assert_close(actual, expected, 1e-13)
 
 
@@ -147,7 +178,9 @@ def test_chunk_sizes_and_float32(x64):
   expected = call('fg2_plus', arrays, implementation='reference')
   for chunk in (2, 16, 64):
     for dtype, tolerance in ((jnp.float64, 1e-13), (jnp.float32, 2e-6)):
-      o, state = call('fg2_plus', {name: x.astype(dtype) for name, x in arrays.items()}, chunk_size=chunk)
+      o, state = call(
+        'fg2_plus', {name: x.astype(dtype) for name, x in arrays.items()}, chunk_size=chunk
+      )
       assert (o.dtype, state.dtype) == (dtype, dtype)
       assert_close({'o': o, 'state': state}, dict(zip(('o', 'state'), expected)), tolerance)
 
@@ -156,9 +189,15 @@ def test_two_calls_with_a_carried_state_are_one(x64):
   arrays = inputs(37)
   cut = lambda a, b: {name: x if name == 'state' else x[:, a:b] for name, x in arrays.items()}
   whole = call('fg2_plus', arrays, SEGMENTS)
-  first, state = call('fg2_plus', cut(0, 29), SEGMENTS[:, :29])      # 29 is inside a segment of both rows
+  first, state = call(
+    'fg2_plus', cut(0, 29), SEGMENTS[:, :29]
+  )  # 29 is inside a segment of both rows
   second, state = call('fg2_plus', cut(29, 37) | {'state': state}, SEGMENTS[:, 29:])
-  assert_close({'o': jnp.concatenate([first, second], 1), 'state': state}, dict(zip(('o', 'state'), whole)), 1e-13)
+  assert_close(
+    {'o': jnp.concatenate([first, second], 1), 'state': state},
+    dict(zip(('o', 'state'), whole)),
+    1e-13,
+  )
 
 
 @pytest.mark.parametrize('variant', VARIANTS)
@@ -175,7 +214,7 @@ def test_steps_are_the_whole(x64, variant):
 
 
 def test_packed_documents_are_separate_ones(x64, small_blocks):
-  """Row 0 is padding, a document that continues the given state, one of a single token, one with padding inside, one more."""
+  """Row 0: padding, a document going on from the state, one token, one with padding, one more."""
   arrays = inputs(37)
   pieces = [range(3, 12), [12], [*range(13, 25), *range(27, 33)], range(33, 37)]
   o, state = call('fg2_plus', arrays, SEGMENTS, chunk_size=4)
@@ -193,15 +232,23 @@ def test_packed_documents_are_separate_ones(x64, small_blocks):
 def test_padding_neither_gives_nor_takes(implementation):
   arrays = inputs(37, np.float32)
   padding = SEGMENTS == 0
-  other = {name: x if name == 'state' else jnp.where(padding.reshape(B, 37, *[1] * (x.ndim - 2)), 3.0, x)
-           for name, x in arrays.items()}
-  run = functools.partial(value_and_gradients, 'fg2_plus', implementation=implementation, chunk_size=4)
+  other = {
+    name: x if name == 'state' else jnp.where(padding.reshape(B, 37, *[1] * (x.ndim - 2)), 3.0, x)
+    for name, x in arrays.items()
+  }
+  run = functools.partial(
+    value_and_gradients, 'fg2_plus', implementation=implementation, chunk_size=4
+  )
   expected = run(arrays, segment_ids=SEGMENTS)
   for name, x in run(other, segment_ids=SEGMENTS).items():
-    np.testing.assert_array_equal(x, expected[name], err_msg=f'{name} depends on what padding holds')
+    np.testing.assert_array_equal(
+      x, expected[name], err_msg=f'{name} depends on what padding holds'
+    )
     if 'state' not in name:
       np.testing.assert_array_equal(x[padding], 0, err_msg=name)
-  _, state = call('fg2_plus', arrays, np.zeros((B, 37), int), implementation=implementation, chunk_size=4)
+  _, state = call(
+    'fg2_plus', arrays, np.zeros((B, 37), int), implementation=implementation, chunk_size=4
+  )
   np.testing.assert_array_equal(state, arrays['state'])
 
 
@@ -217,18 +264,20 @@ def test_the_initial_state_belongs_to_the_first_segment_only(x64):
 
 @pytest.mark.parametrize('variant', ['fg2_plus', 'gdn'])
 def test_float32_is_accurate_at_any_decay(x64, variant):
-  """Decays of -50 a token beside none at all; quotients of decays overflow here, and differences of sums lose digits."""
+  """-50 a token beside almost none: quotients overflow, and differences of sums lose digits."""
   arrays = inputs(48)
   strong = np.random.default_rng(5).random(arrays['g'].shape) < 0.5
   arrays['g'] = jnp.where(strong, -50.0, arrays['g'] * 1e-2)
   arrays['g_head'] = jnp.where(strong[..., 0], -50.0, arrays['g_head'] * 1e-2)
   expected = value_and_gradients(variant, arrays, implementation='reference')
-  actual = value_and_gradients(variant, {name: x.astype(jnp.float32) for name, x in arrays.items()}, implementation='chunked')
+  actual = value_and_gradients(
+    variant, {name: x.astype(jnp.float32) for name, x in arrays.items()}, implementation='chunked'
+  )
   assert_close(actual, expected, 3e-6)
 
 
 def test_gradients_of_decays_that_forget_everything_are_tiny_not_noise():
-  """At -50 a token the gradient of g is below exp(-50) times a few; a sum of cancelling terms would leave 1e-7."""
+  """The gradient of g is a few times exp(-50); a sum of cancelling terms would leave 1e-7."""
   arrays = inputs(20, np.float32)
   arrays['g'] = jnp.full_like(arrays['g'], -50.0)
   actual = value_and_gradients('fg2_plus', arrays, implementation='chunked')
@@ -239,9 +288,12 @@ def test_gradients_of_decays_that_forget_everything_are_tiny_not_noise():
 
 @pytest.mark.parametrize('gate', [1.0, np.sqrt(2.0)])
 def test_equal_keys_do_not_blow_up(x64, gate):
-  """A run of one repeated token without decay: the powers of L grow like binomials, its resolvent does not."""
+  """A repeated token without decay: the powers of L grow like binomials, its resolvent does not."""
   arrays = inputs(64)
-  arrays |= {'k': jnp.broadcast_to(arrays['k'][:, :1], arrays['k'].shape), 'g': jnp.zeros_like(arrays['g'])}
+  arrays |= {
+    'k': jnp.broadcast_to(arrays['k'][:, :1], arrays['k'].shape),
+    'g': jnp.zeros_like(arrays['g']),
+  }
   arrays['gate_k'] = jnp.full_like(arrays['gate_k'], gate)
   expected = call('fg2_plus', arrays, implementation='reference')
   single = {name: x.astype(jnp.float32) for name, x in arrays.items()}
@@ -254,11 +306,15 @@ def test_gates_of_zero_only_decay_and_gates_of_one_store_and_recall():
   arrays = inputs(6, np.float32)
   zero = {name: jnp.zeros_like(arrays[name]) for name in ('gate_k', 'gate_v')}
   _, state = call('fg2_plus', arrays | zero)
-  np.testing.assert_allclose(state, jnp.exp(arrays['g'].sum(1))[..., None] * arrays['state'], rtol=1e-5)
+  np.testing.assert_allclose(
+    state, jnp.exp(arrays['g'].sum(1))[..., None] * arrays['state'], rtol=1e-5
+  )
 
   one = {name: jnp.ones_like(arrays[name]) for name in ('gate_k', 'gate_v')}
   keys = jnp.broadcast_to(jnp.eye(6, K)[None, :, None], arrays['k'].shape)
-  o, state = call('fg2_plus', arrays | one | {'k': keys, 'q': keys, 'g': jnp.zeros_like(arrays['g'])}, scale=1.0)
+  o, state = call(
+    'fg2_plus', arrays | one | {'k': keys, 'q': keys, 'g': jnp.zeros_like(arrays['g'])}, scale=1.0
+  )
   np.testing.assert_allclose(o, arrays['v'], atol=1e-6)
   np.testing.assert_allclose(state[:, :, :6], jnp.moveaxis(arrays['v'], 1, 2), atol=1e-6)
   np.testing.assert_allclose(state[:, :, 6:], arrays['state'][:, :, 6:], atol=1e-6)
@@ -276,22 +332,42 @@ def test_the_variants_are_each_other_s_special_cases(x64):
     assert_close(pair(run('fg2', arrays | {'gate_k': gate})), kda, 1e-14)
   beta = wide(arrays['beta'])
   assert_close(pair(run('gdn2', arrays | {'gate_k': beta, 'gate_v': beta})), kda, 1e-14)
-  assert_close(pair(run('gdn', arrays)), pair(run('kda', arrays | {'g': wide(arrays['g_head'])})), 1e-14)
-  assert_close(pair(run('fg2_plus', arrays | {'gate_v': arrays['gate_k']})), pair(run('fg2', arrays)), 1e-14)
+  assert_close(
+    pair(run('gdn', arrays)), pair(run('kda', arrays | {'g': wide(arrays['g_head'])})), 1e-14
+  )
+  assert_close(
+    pair(run('fg2_plus', arrays | {'gate_v': arrays['gate_k']})), pair(run('fg2', arrays)), 1e-14
+  )
   repeat = lambda x: jnp.repeat(x, HV // HK, axis=2)
-  scaled = {'q': repeat(arrays['q']), 'k': arrays['gate_k'] * repeat(arrays['k']), 'v': arrays['gate_v'] * arrays['v']}
-  assert_close(pair(run('kda', arrays | scaled | {'beta': jnp.ones_like(arrays['beta'])})), pair(run('fg2_plus', arrays)), 1e-14)
+  scaled = {
+    'q': repeat(arrays['q']),
+    'k': arrays['gate_k'] * repeat(arrays['k']),
+    'v': arrays['gate_v'] * arrays['v'],
+  }
+  assert_close(
+    pair(run('kda', arrays | scaled | {'beta': jnp.ones_like(arrays['beta'])})),
+    pair(run('fg2_plus', arrays)),
+    1e-14,
+  )
 
 
 def test_bfloat16_inputs_are_computed_in_float32():
-  arrays = {name: x if name == 'state' else x.astype(jnp.bfloat16) for name, x in inputs(40, np.float32).items()}
+  arrays = {
+    name: x if name == 'state' else x.astype(jnp.bfloat16)
+    for name, x in inputs(40, np.float32).items()
+  }
   o, state = call('fg2_plus', arrays)
-  exact_o, exact_state = call('fg2_plus', {name: x.astype(jnp.float32) for name, x in arrays.items()})
+  exact_o, exact_state = call(
+    'fg2_plus', {name: x.astype(jnp.float32) for name, x in arrays.items()}
+  )
   assert (o.dtype, state.dtype) == (jnp.bfloat16, jnp.float32)
   np.testing.assert_array_equal(state, exact_state)
   np.testing.assert_array_equal(o, exact_o.astype(jnp.bfloat16))
   gradients = value_and_gradients('fg2_plus', arrays)
-  assert gradients['gradient of g'].dtype == jnp.bfloat16 and gradients['gradient of state'].dtype == jnp.float32
+  assert (
+    gradients['gradient of g'].dtype == jnp.bfloat16
+    and gradients['gradient of state'].dtype == jnp.float32
+  )
   expected = value_and_gradients('fg2_plus', arrays, implementation='reference')
   assert_close(gradients, expected, 2**-8)
 
@@ -300,16 +376,30 @@ def test_a_step_is_a_contraction():
   """The one-step matrix, read off by stepping a state of unit vectors, for gates up to sqrt(2)."""
   arrays = inputs(50, np.float32, value_width=K)
   unit = jnp.broadcast_to(jnp.eye(K), (B, HV, K, K))
-  matrices = [op.fg2_gdn_step(*(arrays[name][:, t] for name in ('q', 'k')), 0 * arrays['v'][:, t], 1e-2 * arrays['g'][:, t],
-                              2**0.5 * arrays['gate_k'][:, t], arrays['gate_v'][:, t], unit)[1] for t in range(50)]
+  matrices = [
+    op.fg2_gdn_step(
+      *(arrays[name][:, t] for name in ('q', 'k')),
+      0 * arrays['v'][:, t],
+      1e-2 * arrays['g'][:, t],
+      2**0.5 * arrays['gate_k'][:, t],
+      arrays['gate_v'][:, t],
+      unit,
+    )[1]
+    for t in range(50)
+  ]
   largest = np.linalg.norm(np.stack(matrices), ord=2, axis=(-2, -1)).max()
   assert 0.99 < largest <= 1 + 1e-6
 
 
 def test_nothing_depends_on_later_tokens():
   arrays = inputs(30, np.float32)
-  later = {name: x if name == 'state' else x.at[:, 17:].set(x[:, 17:] * 0.5 - 0.1) for name, x in arrays.items()}
-  np.testing.assert_array_equal(call('fg2_plus', arrays)[0][:, :17], call('fg2_plus', later)[0][:, :17])
+  later = {
+    name: x if name == 'state' else x.at[:, 17:].set(x[:, 17:] * 0.5 - 0.1)
+    for name, x in arrays.items()
+  }
+  np.testing.assert_array_equal(
+    call('fg2_plus', arrays)[0][:, :17], call('fg2_plus', later)[0][:, :17]
+  )
   loss = lambda arrays: jnp.sum(apply('fg2_plus', arrays)[0][:, :17])
   gradients = jax.jit(jax.grad(loss), compiler_options=OPTIONS)(arrays)
   for name in ('q', 'k', 'v', 'g', 'gate_k', 'gate_v'):
@@ -334,8 +424,12 @@ def test_the_backward_pass_holds_no_pairwise_channels_no_state_per_token_and_lit
     return jnp.sum(op.fg2_gdn(*arrays, chunk_size=chunk, implementation='chunked')[0])
 
   whole = length * heads * size
-  largest = max(np.prod(shape) for shape in shapes_of(jax.make_jaxpr(jax.grad(loss, range(6)))(*[x] * 6).jaxpr))
-  assert largest == whole        # a state per chunk would be 2 times as much, [C, C, K] of every chunk 16 times
+  largest = max(
+    np.prod(shape) for shape in shapes_of(jax.make_jaxpr(jax.grad(loss, range(6)))(*[x] * 6).jaxpr)
+  )
+  assert (
+    largest == whole
+  )  # a state per chunk would be 2 times as much, [C, C, K] of every chunk 16 times
   _, backward = jax.eval_shape(lambda *arrays: jax.vjp(loss, *arrays), *[x] * 6)
   saved = sum(np.prod(y.shape) for y in jax.tree.leaves(backward))
   borders = length // 512 * heads * size * size
@@ -354,22 +448,22 @@ def test_memory_is_linear_in_the_tokens():
 def test_what_does_not_fit_is_named():
   x = inputs(5, np.float32)
   for message, changed, options in (
-      ('q has shape', {'q': x['q'][:, :4]}, {}),
-      ('k has shape', {'k': x['k'][0]}, {}),
-      ('rows and tokens differ', {'v': x['v'][:, :4]}, {}),
-      ('not a multiple of the 2 heads', {'v': x['v'][:, :, :3]}, {}),
-      ('g has shape', {'g': x['g'][..., :3]}, {}),
-      ('gate_k has shape', {'gate_k': x['gate_v']}, {}),
-      ('gate_v has shape', {'gate_v': x['gate_k']}, {}),
-      ('q has dtype int32', {'q': x['q'].astype(jnp.int32)}, {}),
-      ('initial_state has shape', {'state': x['state'][:1]}, {}),
-      ('segment_ids has shape', {}, {'segment_ids': np.ones((B, 4), int)}),
-      ('chunk_size is 12', {}, {'chunk_size': 12}),
-      ("implementation is 'fast'", {}, {'implementation': 'fast'}),
+    ('q has shape', {'q': x['q'][:, :4]}, {}),
+    ('k has shape', {'k': x['k'][0]}, {}),
+    ('rows and tokens differ', {'v': x['v'][:, :4]}, {}),
+    ('not a multiple of the 2 heads', {'v': x['v'][:, :, :3]}, {}),
+    ('g has shape', {'g': x['g'][..., :3]}, {}),
+    ('gate_k has shape', {'gate_k': x['gate_v']}, {}),
+    ('gate_v has shape', {'gate_v': x['gate_k']}, {}),
+    ('q has dtype int32', {'q': x['q'].astype(jnp.int32)}, {}),
+    ('initial_state has shape', {'state': x['state'][:1]}, {}),
+    ('segment_ids has shape', {}, {'segment_ids': np.ones((B, 4), int)}),
+    ('chunk_size is 12', {}, {'chunk_size': 12}),
+    ("implementation is 'fast'", {}, {'implementation': 'fast'}),
   ):
     with pytest.raises(ValueError, match=message):
       call('fg2_plus', x | changed, **options)
-  for message, variant in (('ties it to gate_k', 'fg2'), ):
+  for message, variant in (('ties it to gate_k', 'fg2'),):
     with pytest.raises(ValueError, match=message):
       call(variant, x)
   with pytest.raises(ValueError, match='g has shape'):
@@ -377,13 +471,17 @@ def test_what_does_not_fit_is_named():
   with pytest.raises(ValueError, match='beta has shape'):
     op.kda(x['q'], x['k'], x['v'], x['g'], x['gate_k'])
   with pytest.raises(ValueError, match='state has shape'):
-    op.kda_step(x['q'][:, 0], x['k'][:, 0], x['v'][:, 0], x['g'][:, 0], x['beta'][:, 0], x['state'][:, :2])
+    op.kda_step(
+      x['q'][:, 0], x['k'][:, 0], x['v'][:, 0], x['g'][:, 0], x['beta'][:, 0], x['state'][:, :2]
+    )
 
 
 def test_values_are_checked_in_debug_mode():
   x = inputs(5, np.float32)
-  plus = lambda x: op.fg2_gdn(*(x[name] for name in ('q', 'k', 'v', 'g', 'gate_k', 'gate_v')), implementation='reference')
-  plus(x | {'gate_k': 3 * x['gate_k']})                      # not checked otherwise
+  plus = lambda x: op.fg2_gdn(
+    *(x[name] for name in ('q', 'k', 'v', 'g', 'gate_k', 'gate_v')), implementation='reference'
+  )
+  plus(x | {'gate_k': 3 * x['gate_k']})  # not checked otherwise
   jax.config.update('jax_enable_checks', True)
   try:
     plus(x)
@@ -391,8 +489,10 @@ def test_values_are_checked_in_debug_mode():
       with pytest.raises(ValueError, match=f'{name} has values'):
         plus(x | {name: x[name].at[0, 3, 1, 2].set(value)})
     with pytest.raises(ValueError, match='beta has values'):
-      op.kda(x['q'], x['k'], x['v'], x['g'], x['beta'] + 1.5, implementation='reference')
-    with pytest.raises(Exception, match='g has values'):     # inside jit: jax's own error, with ours in it
+      op.kda(x['q'], x['k'], x['v'], x['g'], x['beta'].at[0, 1, 2].set(2.1), implementation='reference')
+    with pytest.raises(
+      Exception, match='g has values'
+    ):  # inside jit: jax's own error, with ours in it
       jax.block_until_ready(jax.jit(plus)(x | {'g': -x['g']}))
       jax.effects_barrier()
   finally:

@@ -17,22 +17,32 @@ from kernels.fg2_gdn import pallas_tpu, reference
 
 ROOT = Path(__file__).resolve().parents[2]
 OPTIONS = {'xla_backend_optimization_level': 0}
-NAMES = ('o', 'final_state', *(f'gradient of {name}' for name in ('q', 'k', 'v', 'g', 'gate_k', 'gate_v', 'state')))
+NAMES = (
+  'o',
+  'final_state',
+  *(f'gradient of {name}' for name in ('q', 'k', 'v', 'g', 'gate_k', 'gate_v', 'state')),
+)
 
 
 def inputs(length, heads=(1, 2), sizes=(8, 12), scalar=False, rows=1):
-  """q, k, v, g, gate_k, gate_v, state, and segments with padding at both ends, inside, and two documents."""
+  """Arguments, and segments with padding at both ends and inside, and two documents."""
   rng = np.random.default_rng(0)
   normal = lambda *shape: rng.standard_normal((rows, *shape))
   (key_heads, value_heads), (key, value) = heads, sizes
   wide = 1 if scalar else key
   k = normal(length, key_heads, key)
-  arrays = (normal(length, key_heads, key), k / np.linalg.norm(k, axis=-1, keepdims=True), normal(length, value_heads, value),
-            -np.exp(normal(length, value_heads, wide)), 1 / (1 + np.exp(-normal(length, value_heads, wide))),
-            1 / (1 + np.exp(-normal(length, value_heads, 1 if scalar else value))), normal(value_heads, key, value))
+  arrays = (
+    normal(length, key_heads, key),
+    k / np.linalg.norm(k, axis=-1, keepdims=True),
+    normal(length, value_heads, value),
+    -np.exp(normal(length, value_heads, wide)),
+    1 / (1 + np.exp(-normal(length, value_heads, wide))),
+    1 / (1 + np.exp(-normal(length, value_heads, 1 if scalar else value))),
+    normal(value_heads, key, value),
+  )
   segments = np.ones((rows, length), int)
-  segments[:, :3] = segments[:, length // 3:length // 3 + 2] = segments[:, -1:] = 0
-  segments[:, length // 2:-1] = 2
+  segments[:, :3] = segments[:, length // 3 : length // 3 + 2] = segments[:, -1:] = 0
+  segments[:, length // 2 : -1] = 2
   return [jnp.asarray(x, jnp.float32) for x in arrays], segments
 
 
@@ -43,7 +53,9 @@ def both(scan, arrays, segments, **options):
 
   def loss(*arrays):
     result = scan(*arrays, *marks, scale=0.3, **options)
-    return sum(jnp.sum(x * jnp.asarray(rng.standard_normal(x.shape), jnp.float32)) for x in result), result
+    return sum(
+      jnp.sum(x * jnp.asarray(rng.standard_normal(x.shape), jnp.float32)) for x in result
+    ), result
 
   step = jax.jit(jax.value_and_grad(loss, range(7), has_aux=True), compiler_options=OPTIONS)
   (_, result), gradients = step(*arrays)
@@ -54,18 +66,26 @@ def assert_close(actual, expected, tolerance):
   for name in expected:
     x, y = (np.asarray(z[name], np.float64) for z in (actual, expected))
     assert np.isfinite(x).all(), name
-    assert np.abs(x - y).max() <= tolerance * np.abs(y).max(), (name, np.abs(x - y).max() / np.abs(y).max())
+    assert np.abs(x - y).max() <= tolerance * np.abs(y).max(), (
+      name,
+      np.abs(x - y).max() / np.abs(y).max(),
+    )
 
 
-@pytest.mark.parametrize('symmetric, scalar, heads, together', [
-    (True, False, (2, 4), 4),          # two key heads of two value heads each in one grid step
-    (True, False, (1, 4), 2),          # two grid steps share a key head
-    (False, True, (2, 2), 1),          # KDA's and GDN's beta, GDN's decay: one number per head
-])
+@pytest.mark.parametrize(
+  'symmetric, scalar, heads, together',
+  [
+    (True, False, (2, 4), 4),  # two key heads of two value heads each in one grid step
+    (True, False, (1, 4), 2),  # two grid steps share a key head
+    (False, True, (2, 2), 1),  # KDA's and GDN's beta, GDN's decay: one number per head
+  ],
+)
 def test_kernels_equal_reference_in_values_and_every_gradient(symmetric, scalar, heads, together):
   arrays, segments = inputs(37, heads, scalar=scalar)
   expected = both(reference.scan, arrays, segments, symmetric=symmetric)
-  actual = both(pallas_tpu.scan, arrays, segments, symmetric=symmetric, chunk=16, heads=together, interpret=True)
+  actual = both(
+    pallas_tpu.scan, arrays, segments, symmetric=symmetric, chunk=16, heads=together, interpret=True
+  )
   assert_close(actual, expected, 1e-6)
   for name in ('q', 'k', 'v', 'g', 'gate_k', 'gate_v'):
     np.testing.assert_array_equal(actual[f'gradient of {name}'][segments == 0], 0)
@@ -78,7 +98,9 @@ def test_extreme_decay_and_equal_keys():
   arrays[1] = jnp.broadcast_to(arrays[1][:, :1], arrays[1].shape)
   arrays[4] = jnp.full_like(arrays[4], 2**0.5)
   expected = both(reference.scan, arrays, segments, symmetric=True)
-  actual = both(pallas_tpu.scan, arrays, segments, symmetric=True, chunk=32, heads=1, interpret=True)
+  actual = both(
+    pallas_tpu.scan, arrays, segments, symmetric=True, chunk=32, heads=1, interpret=True
+  )
   assert_close(actual, expected, 1e-5)
 
 
@@ -86,17 +108,31 @@ def test_bfloat16_inputs_lose_bfloat16_digits_only():
   arrays, segments = inputs(40, sizes=(32, 32))
   expected = both(reference.scan, arrays, segments, symmetric=True)
   halves = [x.astype(jnp.bfloat16) if i not in (3, 6) else x for i, x in enumerate(arrays)]
-  actual = both(pallas_tpu.scan, halves, segments, symmetric=True, chunk=32, heads=2, interpret=True)
+  actual = both(
+    pallas_tpu.scan, halves, segments, symmetric=True, chunk=32, heads=2, interpret=True
+  )
   assert (actual['o'].dtype, actual['final_state'].dtype) == (jnp.bfloat16, jnp.float32)
-  assert (actual['gradient of k'].dtype, actual['gradient of g'].dtype) == (jnp.bfloat16, jnp.float32)
+  assert (actual['gradient of k'].dtype, actual['gradient of g'].dtype) == (
+    jnp.bfloat16,
+    jnp.float32,
+  )
   assert_close(actual, expected, 8 * 2**-8)
 
 
 def test_scratch_starts_undefined():
   """TPU interpret mode fills scratch with NaN and refuses to read out of bounds."""
   arrays, segments = inputs(20, sizes=(8, 8))
-  run = lambda mode: jax.jit(lambda *x: pallas_tpu.scan(
-      *x, *op._marks(jnp.asarray(segments)), symmetric=True, scale=0.3, chunk=16, heads=2, interpret=mode))(*arrays)
+  run = lambda mode: jax.jit(
+    lambda *x: pallas_tpu.scan(
+      *x,
+      *op._marks(jnp.asarray(segments)),
+      symmetric=True,
+      scale=0.3,
+      chunk=16,
+      heads=2,
+      interpret=mode,
+    )
+  )(*arrays)
   strict = run(pltpu.InterpretParams(uninitialized_memory='nan', out_of_bounds_reads='raise'))
   for x, y in zip(strict, run(True)):
     np.testing.assert_allclose(x, y, atol=1e-6)
@@ -108,7 +144,8 @@ def test_the_kernels_are_refused_where_they_cannot_run():
     op.fg2_gdn(q, k, v, g, gate_k, gate_v, implementation='pallas_tpu')
 
 
-# What benchmarks/fg2_gdn_tpu.py says of the defaults, rounded up: bundles per token and head, spilling stores.
+# What benchmarks/fg2_gdn_tpu.py says of the defaults, rounded up: bundles per token and head,
+# spilling stores.
 BOUNDS = {'forward': (28, 400), 'backward': (42, 1500)}
 
 
@@ -116,10 +153,23 @@ BOUNDS = {'forward': (28, 400), 'backward': (42, 1500)}
 @pytest.mark.parametrize('key_heads, value_heads', [(16, 16), (16, 32)])
 def test_kernels_compile_for_every_chip_within_bounds(key_heads, value_heads):
   pytest.importorskip('libtpu', reason='needs the extra aot')
-  command = [sys.executable, 'benchmarks/fg2_gdn_tpu.py', '--json', '--chunks', str(op.CHUNK['tpu']), '--heads', str(op.HEADS),
-             '--key-heads', str(key_heads), '--value-heads', str(value_heads)]
+  command = [
+    sys.executable,
+    'benchmarks/fg2_gdn_tpu.py',
+    '--json',
+    '--chunks',
+    str(op.CHUNK['tpu']),
+    '--heads',
+    str(op.HEADS),
+    '--key-heads',
+    str(key_heads),
+    '--value-heads',
+    str(value_heads),
+  ]
   environment = {name: x for name, x in os.environ.items() if name != 'XLA_FLAGS'}
-  out = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+  out = subprocess.run(
+    command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+  )
   cases = [json.loads(line) for line in out.stdout.splitlines() if line.startswith('{')]
   assert out.returncode == 0 and len(cases) == 6, out.stderr[-2000:]
   for case in cases:
