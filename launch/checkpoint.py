@@ -171,11 +171,10 @@ class Checkpointer:
       abstract_state: tree of ShapeDtypeStructs (or arrays) with shardings.
 
     Raises:
-      ValueError: names leaves that are missing, not wanted, or of another shape or dtype; or says
-        that the checkpoint is damaged.
+      ValueError: what check_state says, or that the checkpoint is damaged.
     """
     folder = self.folder(step)
-    _compare(folder, read_meta(folder)['leaves'], _leaves(abstract_state), dtypes=True)
+    check_state(folder, abstract_state)
     with _damaged(folder):
       return self._read(step, state=ocp.args.StandardRestore(_placed(abstract_state)))
 
@@ -205,6 +204,15 @@ class Checkpointer:
                                f'; checkpoints of steps {self.steps()} are whole')
       self._failure = explained.strerror
       raise explained from error
+
+
+def check_state(folder: str | Path, abstract_state: Tree) -> None:
+  """Compares the state in a step folder with a template; reads no arrays.
+
+  Raises:
+    ValueError: names leaves that are missing, not wanted, or of another shape or dtype.
+  """
+  _compare(folder, read_meta(folder)['leaves'], _leaves(abstract_state), dtypes=True)
 
 
 def check_params(path: str | Path, abstract_params: Tree) -> Path:

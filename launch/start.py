@@ -98,6 +98,9 @@ def check(run: Run, built: list[Built], settings: Settings, saved: dict | None,
           f'{b.phase.name}: the optimiser of the phase before keeps another kind of state; set '
           f'{b.phase.name}.reset_optimizer=true')
   changes = {}
+  if saved:
+    folder = run.workdir / checkpoint.FOLDER / str(saved['step'])
+    checkpoint.check_state(folder, abstract_state(run, owner_of(built, saved)))
   for b in built if saved else ():
     try:
       b.check(saved['contracts'][b.phase.name])
@@ -108,12 +111,17 @@ def check(run: Run, built: list[Built], settings: Settings, saved: dict | None,
   return changes
 
 
+def owner_of(built: list[Built], saved: dict) -> Built:
+  """The phase that a checkpoint was saved in."""
+  return next(b for b in built if b.phase.name == saved['phase'])
+
+
 def begin(run: Run, built: list[Built], checkpoints: checkpoint.Checkpointer, init: str,
           saved: dict | None) -> tuple[step_lib.TrainState, int]:
   """(state, step) of a new run, still without an optimiser, or of the checkpoint."""
   if saved:
-    owner = next(b for b in built if b.phase.name == saved['phase'])
-    return checkpoints.restore(saved['step'], abstract_state(run, owner)), saved['step']
+    wanted = abstract_state(run, owner_of(built, saved))
+    return checkpoints.restore(saved['step'], wanted), saved['step']
   if init:
     params = checkpoint.load_params(init, param.abstract(run.specs, run.shardings))
   else:

@@ -29,7 +29,7 @@ def failed(monkeypatch, capsys, tmp_path):
     ('sft.stepz=3', "unknown key 'sft.stepz'; did you mean 'sft.steps'?"),
     ('rl.steps=many', "--config.rl.steps is 'many', wanted a whole number"),
     ('rl.methods=gropo', "unknown method 'gropo'; did you mean 'grpo'?"),
-    ('rl.methods=grpo,rloo', 'one advantage estimator wanted'),
+    ('rl.methods=grpo,leave_one_out', 'one advantage estimator wanted'),
     ('rl.data.files=x.jsonl', "without effect: rl.data.files = ('x.jsonl',)"),
     ('rl.reference=x rl.grpo.beta=0.0', "without effect: rl.reference = 'x'"),
     ('phases=sft,rll', "unknown phase 'rll'; did you mean 'rl'?"),
@@ -127,17 +127,15 @@ def rows_file(path, bad_line):
      'rows.jsonl:6: 22 tokens, rows have 16'),
 ])
 def test_bad_rows_stop_a_run_or_are_counted(failed, tmp_path, option, bad_line, fault, said):
-  path = tmp_path / 'rows.jsonl'
+  path, workdir = tmp_path / 'rows.jsonl', tmp_path / 'skips'
   rows_file(path, bad_line)
-  overrides = ('phases=sft', f'sft.data.files={path}', 'sft.data.pack=false', 'sft.steps=6',
-               f'sft.data.heldout_files={path}')
+  overrides = ('phases=sft', f'sft.data.files={path}', 'sft.data.pack=false', 'sft.steps=5')
   config = train_runs.config_file(tmp_path)
   assert said in failed(*overrides, config=config)
-  workdir = tmp_path / 'skips'
-  assert train_runs.run(workdir, *overrides, f'sft.data.{option}=true', config=config) == 0
-  # 6 steps of 8 rows: 39 of the first epoch's rows are good, so the bad one was met.
-  counted = [v.get(f'rows_{fault}', 0) for v in train_runs.logged(workdir).values()]
-  assert sum(counted) == 1
+  assert train_runs.run(workdir, *overrides, f'sft.data.{option}=true',
+                        f'sft.data.heldout_files={path}', config=config) == 0
+  # 5 steps of 8 rows: the 39 that are good, and one of the second epoch.
+  assert sum(v.get(f'rows_{fault}', 0) for v in train_runs.logged(workdir).values()) == 1
   evaluations = train_runs.logged(workdir, evaluations=True).values()
   assert {v[f'eval/rows_{fault}'] for v in evaluations} == {1.0}
   texts = [line['text'] for line in metrics.read_lines(workdir / 'warnings.jsonl')]
@@ -155,3 +153,61 @@ def test_bad_prompts_are_counted(tmp_path, capsys):
   said = capsys.readouterr().out
   assert re.search(r"rl: 1 rows bad; the first: .*rows.jsonl:2: field 'answer' is missing", said)
   assert re.search(r'rl: 1 rows long; the first: .*rows.jsonl:3: a prompt of 9 tokens', said)
+
+
+@pytest.fixture(scope='module')
+def done(tmp_path_factory):
+  """(workdir, overrides) of a finished run: 3 steps of SFT, then none of RL."""
+  workdir = tmp_path_factory.mktemp('done') / 'run'
+  overrides = ('sft.steps=3', 'rl.steps=0', 'rl.grpo.beta=0.0')
+  assert train_runs.run(workdir, *overrides) == 0
+  return workdir, overrides
+
+
+@pytest.mark.parametrize('change, said', [
+    ('phases=sft', "holds a run of phases ('sft', 'rl'), this one has ('sft',)"),
+    ('sft.rows=16', 'sft.rows was 8 and is now 16'),
+    ('rl.grpo.clip_high=0.3', "rl.grpo.clip_high was '(absent)' and is now 0.3"),
+    ('model.embed_dim=32 --allow_config_change', 'ffn/down is float32[2, 32, 16] in the checkpoint'),
+    ('sft.steps=2', 'has done 3 steps of phase sft, more than sft.steps 2'),
+])
+def test_a_workdir_of_another_run(done, monkeypatch, capsys, change, said):
+  workdir, overrides = done
+  before = {p: p.read_bytes() for p in workdir.rglob('*.json*')}
+  # The last of an option counts.
+  line = train_runs.failed(monkeypatch, capsys, workdir, *overrides, *change.split())
+  assert said in line
+  assert {p: p.read_bytes() for p in workdir.rglob('*.json*')} == before
+
+
+def test_what_may_change_on_resume(done, tmp_path, capsys):
+  workdir, overrides = done
+  more = train_runs.rewound(workdir, 3, tmp_path / 'more')
+  assert train_runs.run(more, *overrides, 'sft.steps=5', 'eval.every=1', 'sft.microbatches=2',
+                        'mesh.data=2', 'log.every=3') == 0
+  assert [step for _, step in train_runs.logged(more)] == [1, 2, 3, 5]
+  assert train_runs.steps(more) == [2, 3, 4, 5]
+  capsys.readouterr()
+
+
+def test_a_changed_config_goes_on_when_that_is_allowed(done, tmp_path, capsys):
+  workdir, overrides = done
+  more = train_runs.rewound(workdir, 2, tmp_path / 'more')
+  changed = (*overrides, 'sft.optimizer.learning_rate=0.5', 'arithmetic.demos=12')
+  assert train_runs.run(more, *changed, '--allow_config_change') == 0
+  rates = [v['learning_rate'] for v in train_runs.logged(more).values()]
+  assert rates == [1e-3, 1e-3, 0.5]
+  assert 'sft: the data are not those of the saved run' in capsys.readouterr().out
+  assert train_runs.run(more, *changed) == 0
+
+
+def test_steps_of_a_phase_that_is_done_stay(failed, tmp_path):
+  workdir = tmp_path / 'run'
+  assert train_runs.run(workdir, 'sft.steps=1', 'rl.steps=1') == 0
+  said = failed('sft.steps=2', 'rl.steps=1')
+  assert 'is in phase rl, which began at step 1 and with this config would begin at 2' in said
+
+
+def test_a_workdir_that_is_a_file(failed, tmp_path):
+  (tmp_path / 'run').write_text('')
+  assert str(tmp_path / 'run') in failed()
