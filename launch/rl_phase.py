@@ -140,8 +140,8 @@ def make_feed(method: Method, task: rollout.Task, make_engine: Callable, setting
     if empty[0] >= settings.max_empty:
       raise ValueError(
           f'every sample was filtered away in {empty[0]} steps running (after {settings.refills} '
-          'refills each): no prompt has both good and bad answers. Look at samples.jsonl; easier '
-          'prompts, a shaped reward or no filter may help')
+          'refills each): no prompt has both good and bad answers; easier prompts, a shaped reward '
+          'or no filter may help')
     notes = record.notes | {'time/collect': time.perf_counter() - clock}
     return dataclasses.replace(record, notes=notes)
 
