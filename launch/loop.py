@@ -164,7 +164,7 @@ def train(phase: Phase, state: Any, memory: Any, start: int, hooks: Hooks, fresh
           refuse(step, used[-1], hooks, 'parameters or moments are not finite after the update')
         hooks.save(step, phase, state, memory, metrics, stopping)
       if stopping:
-        raise Stopped(hooks.stop.name)
+        raise Stopped(hooks.stop.name or 'a signal to another process')
     if step == phase.last:
       break
     began = time.perf_counter()

@@ -92,14 +92,17 @@ def port():
     return s.getsockname()[1]
 
 
-def together(workdir, *overrides):
-  """Two processes with two devices each; returns what process 0 said."""
+def two(workdir, *overrides):
+  """Starts two processes with two devices each."""
   flags = ('--coordinator', f'127.0.0.1:{port()}', '--num_processes', '2')
-  start = lambda i: train_runs.start(
-      workdir, *overrides, devices=2, flags=(*flags, '--process_id', str(i)))
-  with processes(start(0), start(1)) as runs:
-    said = [p.communicate(timeout=SECONDS)[0] for p in runs]
-  assert [p.returncode for p in runs] == [0, 0], '\n'.join(said)
+  return [train_runs.start(workdir, *overrides, devices=2, flags=(*flags, '--process_id', str(i)))
+          for i in range(2)]
+
+
+def ended_well(runs):
+  """What the processes said, when all have ended with status 0."""
+  said = [p.communicate(timeout=SECONDS)[0] for p in runs]
+  assert [p.returncode for p in runs] == [0] * len(runs), '\n'.join(said)
   return said
 
 
@@ -114,7 +117,8 @@ def shared(tmp_path_factory):
       'pretrain.steps=4', 'pretrain.rows=8', 'pretrain.length=16', f'pretrain.data.files={text}',
       'pretrain.data.heldout=0.2', 'arithmetic.demos=0')
   assert train_runs.run(folder / 'one', *overrides) == 0
-  said = together(folder / 'two', *overrides)
+  with processes(*two(folder / 'two', *overrides)) as runs:
+    said = ended_well(runs)
   assert 'rl 8/8' in said[0] and 'loss' not in said[1]     # one process speaks
   return overrides, folder / 'one', folder / 'two'
 
@@ -136,21 +140,33 @@ def assert_same_run(a, b):
 
 
 def test_two_processes_are_one_run(shared):
-  overrides, one, two = shared
-  assert train_runs.steps(two) == train_runs.steps(one) == [2, 4, 6, 8]
-  assert_same_run(one, two)
+  _, one, both = shared
+  assert train_runs.steps(both) == train_runs.steps(one) == [2, 4, 6, 8]
+  assert_same_run(one, both)
 
 
 @pytest.mark.parametrize('step', [2, 6])
 def test_one_process_goes_on_where_two_were(shared, tmp_path, step):
-  overrides, one, two = shared
-  again = train_runs.rewound(two, step, tmp_path / 'again')
+  overrides, one, both = shared
+  again = train_runs.rewound(both, step, tmp_path / 'again')
   assert train_runs.run(again, *overrides) == 0
   assert_same_run(one, again)
 
 
 def test_two_processes_go_on_where_one_was(shared, tmp_path):
-  overrides, one, two = shared
+  overrides, one, _ = shared
   again = train_runs.rewound(one, 2, tmp_path / 'again')
-  together(again, *overrides)
+  with processes(*two(again, *overrides)) as runs:
+    ended_well(runs)
   assert_same_run(one, again)
+
+
+def test_a_signal_to_one_process_stops_both(shared, tmp_path):
+  overrides, one, _ = shared
+  with processes(*two(tmp_path / 'run', *overrides, 'rl.steps=400', 'eval.every=400')) as runs:
+    wait_for(lambda: lines(tmp_path / 'run') > 10, runs[0])
+    runs[1].send_signal(signal.SIGTERM)
+    said = ended_well(runs)
+  assert 'SIGTERM: saved' not in said[1] and 'saved; run the same command' in said[0]
+  saved = train_runs.steps(tmp_path / 'run')[-1]
+  assert saved == max(step for _, step in train_runs.logged(tmp_path / 'run')) < 400

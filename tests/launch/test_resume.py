@@ -21,7 +21,7 @@ def settings(folder):
       'phases=pretrain,sft,rl', 'streams=2',
       'pretrain.steps=4', 'pretrain.rows=8', 'pretrain.length=16', 'pretrain.data.heldout=0.2',
       f'pretrain.data.files={folder / "text.txt"}', 'pretrain.optimizer.name=muon',
-      'sft.microbatches=2',
+      'sft.microbatches=2', 'sft.optimizer.schedule=cosine', 'rl.optimizer.warmup=3',
       'rl.parts=2', 'rl.uses=2', 'rl.microbatches=2', 'rl.methods=mixed_groups,grpo,tis',
       'rl.refills=1', f'rl.rewards.drawn={folder / "reward.py"}:score', 'eval.pass_k=2')
 
@@ -56,5 +56,5 @@ def test_the_next_steps_are_bit_identical(whole, tmp_path, step, every):
   assert train_runs.logged(again) == train_runs.logged(first)
   before, after = (train_runs.logged(x, evaluations=True) for x in (first, again))
   both = before.keys() & after.keys()
-  assert {('rl', 8), ('rl', 12)} <= both
+  assert {('sft', 4), ('rl', 8), ('rl', 12)} <= both
   assert {k: before[k] for k in both} == {k: after[k] for k in both}

@@ -81,11 +81,19 @@ def start(workdir, *overrides, devices=8, flags=(), **options):
 
 
 def rewound(workdir, step, to):
-  """A copy of a finished run as it would be, had it been killed after it saved `step`."""
+  """A copy of a finished run as it would be, had it been killed right after it saved `step`.
+
+  Lines of metrics that come later stay, except where the next phase begins: those are never cut.
+  """
   shutil.copytree(workdir, to)
   for later in steps(to):
     if later > step:
       shutil.rmtree(Path(to) / checkpoint.FOLDER / str(later))
+  phase = checkpoint.read_meta(Path(to) / checkpoint.FOLDER / str(step))['phase']
+  path = Path(to) / metrics.METRICS
+  lines = path.read_text().splitlines(keepends=True)
+  ahead = lambda line: line['step'] == step and line['phase'] != phase
+  path.write_text(''.join(line for line in lines if not ahead(json.loads(line))))
   return to
 
 
