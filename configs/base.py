@@ -58,6 +58,7 @@ def get_config() -> ConfigDict:
 
   c.rl = ConfigDict()
   c.rl.steps = 100                     # rollout batches
+  c.rl.until = ''                      # ends the phase early: 'eval/accuracy>=0.9', asked at every evaluation
   c.rl.prompts = 32                    # prompts of a rollout batch
   c.rl.group = 8                       # samples per prompt
   c.rl.max_prompt = 64                 # tokens; prompts are padded to it
@@ -127,6 +128,7 @@ def text_phase() -> ConfigDict:
   """What pretraining and SFT have in common."""
   c = ConfigDict()
   c.steps = 1000                       # optimiser steps
+  c.until = ''                         # ends the phase early: 'eval/loss<=0.5', asked at every evaluation
   c.rows = 32                          # of a step, on all devices
   c.length = 128                       # tokens of a row
   c.microbatches = 1                   # passes an optimiser step is divided into, to save memory

@@ -11,7 +11,6 @@ from configs.rl_arithmetic import get_config as main_job
 def get_config():
   c = main_job()
   c.arithmetic.worked = True
-  c.sft.steps = 145
   c.sft.length = 32
   c.rl.max_tokens = 24
   return c

@@ -45,6 +45,7 @@ class Phase:
   evaluate: Callable | None        # (params, step) -> {metric: number}; changes nothing
   evaluate_every: int
   flops_per_token: float
+  reached: Callable = lambda metrics: False      # {metric: number} -> bool: is that good enough
   refused: Callable = lambda opt_state: False
 
 
@@ -136,7 +137,7 @@ def train(phase: Phase, state: Any, memory: Any, start: int, hooks: Hooks, fresh
       saving are done.
 
   Returns:
-    state after step phase.last - 1.
+    state after step phase.last - 1, or after the evaluation with which the phase reached its aim.
 
   Raises:
     NonFinite, Stopped: see there.
@@ -151,21 +152,23 @@ def train(phase: Phase, state: Any, memory: Any, start: int, hooks: Hooks, fresh
     pending = None
 
   for step in range(start, phase.last + 1):
-    metrics = {}
+    metrics, over = {}, step == phase.last
     if fresh or step > start:
       if phase.evaluate and is_evaluated(phase, step):
         settled()
         metrics = phase.evaluate(state.params, step)
         hooks.log(step, phase, metrics, 0, 0.0)
+        over = over or phase.reached(metrics)
       stopping = hooks.agree(bool(hooks.stop.name))
-      if step > start and (stopping or hooks.due(step, metrics) or step == phase.last):
+      if over or step > start and (stopping or hooks.due(step, metrics)):
         settled()
         if not hooks.finite(state):
           refuse(step, used[-1], hooks, 'parameters or moments are not finite after the update')
-        hooks.save(step, phase, state, memory, metrics, stopping)
+        # A phase that ends early leaves its other steps out: the next one begins where it would.
+        hooks.save(phase.last if over else step, phase, state, memory, metrics, stopping)
       if stopping:
         raise Stopped(hooks.stop.name or 'a signal to another process')
-    if step == phase.last:
+    if over:
       break
     began = time.perf_counter()
     work = phase.feed.collect(state.params, memory, step)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import re
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -100,6 +101,25 @@ def plan(config: Any) -> list[tuple[str, int, int]]:
   return out
 
 
+def build_all(run: Run, plan: list[tuple[str, int, int]]) -> list[Built]:
+  """All phases. Those before RL are evaluated as RL will be, too: accuracy is what they prepare."""
+  built = [build(run, *phase) for phase in plan]
+  accuracy = next((b.phase.evaluate for b in built if b.phase.kind == 'rl'), None)
+
+  def both(phase):
+    loss = phase.evaluate
+    if accuracy is None or phase.kind == 'rl':
+      return phase
+    evaluate = lambda params, step: loss(params, step) | accuracy(params, step)
+    return dataclasses.replace(phase, evaluate=evaluate if loss else accuracy)
+
+  built = [dataclasses.replace(b, phase=both(b.phase)) for b in built]
+  for b in built:
+    if run.config[b.phase.name].until and b.phase.evaluate is None:
+      raise ValueError(f'{b.phase.name}.until asks for an evaluation, but nothing is held out for one')
+  return built
+
+
 def build(run: Run, name: str, first: int, last: int) -> Built:
   """One phase, ready to run; opens its data, compiles nothing."""
   config_lib.at_least(1, run.config, 'eval.every', f'{name}.microbatches')
@@ -130,6 +150,25 @@ def check_length(run: Run, length: int, what: str) -> None:
   if length > run.cfg.max_length:
     raise ValueError(
         f'{what} is {length} tokens, longer than model.max_length {run.cfg.max_length}')
+
+
+def aim(text: str, key: str) -> Callable[[dict], bool]:
+  """What 'eval/loss<=0.5' or 'eval/accuracy>=0.9' asks of the metrics of an evaluation; '': nothing ends a phase early."""
+  if not text:
+    return lambda metrics: False
+  parts = re.fullmatch(r'\s*(eval/[^\s<>=]+)\s*(<=|>=)\s*([-+.\deE]+)\s*', text)
+  try:
+    name, sign, bound = parts.group(1), parts.group(2), float(parts.group(3))
+  except (AttributeError, ValueError):
+    raise ValueError(f"{key} is {text!r}, wanted a metric of an evaluation and a bound, "
+                     "as in 'eval/loss<=0.5' or 'eval/accuracy>=0.9'") from None
+
+  def reached(metrics):
+    if name not in metrics:
+      raise ValueError(f'{key} is {text!r}; evaluations give {sorted(metrics)}')
+    return metrics[name] <= bound if sign == '<=' else metrics[name] >= bound
+
+  return reached
 
 
 def build_text(run: Run, name: str, first: int, last: int) -> Built:
@@ -163,6 +202,7 @@ def build_text(run: Run, name: str, first: int, last: int) -> Built:
       name=name, kind=name, first=first, last=last,
       feed=text_phase.make_feed(reader, method, run.mesh), train_step=train_step, rate=rate,
       evaluate=evaluate, evaluate_every=run.config.eval.every,
+      reached=aim(c.until, f'{name}.until'),
       flops_per_token=model.flops(run.cfg, c.length))
   return Built(
       phase=phase, tx=tx, reset_optimizer=c.reset_optimizer, state_shardings=shardings,
@@ -226,6 +266,7 @@ def build_rl(run: Run, name: str, first: int, last: int) -> Built:
   phase = Phase(
       name=name, kind='rl', first=first, last=last, feed=feed, train_step=train_step, rate=rate,
       evaluate=evaluate, evaluate_every=run.config.eval.every,
+      reached=aim(c.until, f'{name}.until'),
       flops_per_token=model.flops(run.cfg, length))
   identity = {'prompts': prompts.identity()}
   return Built(

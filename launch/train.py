@@ -49,7 +49,7 @@ def main(arguments: list[str]) -> int:
     # What a user can have got wrong is refused here, before anything is compiled or written.
     plan = phases.plan(config)
     saved = start.find_saved(run.workdir, locked, plan, options.allow_config_change)
-    built = [phases.build(run, *phase) for phase in plan]
+    built = phases.build_all(run, plan)
     settings = start.read_settings(config)
     config_lib.check_read(config, [key for key, _ in overrides])
     changes = start.check(run, built, settings, saved, options.allow_config_change)
