@@ -39,7 +39,7 @@ def get_config():
   c.sft.data.format = 'arithmetic'
   c.sft.data.pack = False
 
-  c.rl.steps = 240
+  c.rl.steps = 200
   c.rl.prompts = 64
   c.rl.group = 8
   c.rl.max_prompt = 8
