@@ -4,6 +4,7 @@ B rows, T positions, H query heads, G key/value heads, K head size.
 """
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -191,10 +192,11 @@ def test_a_named_implementation_raises_where_it_cannot_serve():
     kernel.attention(q, k, v, segments=segments[:, :5])
 
 
-@pytest.mark.parametrize('kv_heads', [('model',), ()])
+# Key heads split as query heads are, and one key head for all.
+@pytest.mark.parametrize('groups, kv_heads', [(2, ('model',)), (1, ())])
 @pytest.mark.parametrize('name', ['splash', 'gpu'])
-def test_kernels_on_a_mesh_run_on_each_device_s_rows_and_heads(name, kv_heads):
-  q, k, v, grad = inputs(20, heads=4, groups=2, rows=4)
+def test_kernels_on_a_mesh_run_on_each_device_s_rows_and_heads(name, groups, kv_heads):
+  q, k, v, grad = inputs(20, groups=groups, rows=4)
   segments = layouts(20)[1:5]
   expected = pull(functools.partial(reference.attention, scale=0.35), q, k, v, grad, segments)
   axes = kernel.Axes(batch=('data', 'fsdp'), heads=('model',), kv_heads=kv_heads)
@@ -209,3 +211,19 @@ def test_kernels_on_a_mesh_run_on_each_device_s_rows_and_heads(name, kv_heads):
     actual = pull(attend, *map(place, (q, k, v, grad)), place(segments))
     assert actual[0].sharding.spec == PartitionSpec(('data', 'fsdp'), None, 'model')
   assert_same(actual, expected, 1e-5)
+
+
+@pytest.mark.parametrize('length', [40, 140])
+def test_the_compiler_splits_plain_matmuls_over_a_mesh_without_moving_rows_or_heads(length):
+  q, k, v, grad = inputs(length, rows=4)
+  segments = layouts(length)[1:5]
+  attend = functools.partial(chunked.attention, scale=0.35)
+  expected = pull(attend, q, k, v, grad, segments)
+  mesh = jax.make_mesh((2, 2), ('data', 'model'), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:4])
+  with jax.set_mesh(mesh):
+    place = lambda x, *spec: jax.device_put(x, jax.NamedSharding(mesh, PartitionSpec('data', None, *spec)))
+    program = jax.jit(functools.partial(pull, attend)).lower(
+        *(place(x, 'model') for x in (q, k, v, grad)), place(segments)).compile()
+    actual = program(*(place(x, 'model') for x in (q, k, v, grad)), place(segments))
+  assert_same(actual, expected, 1e-5)
+  assert not re.search('all-gather|all-reduce|all-to-all|collective-permute', program.as_text())
