@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels.fg2_gdn import chunked, pallas_tpu, reference
+from kernels.fg2_gdn import chunked, pallas_tpu, reference, time_parallel
 
 IMPLEMENTATIONS = ('reference', 'chunked', 'pallas_tpu')
 PLATFORM = {'pallas_tpu': 'tpu'}  # where an implementation runs; the others run everywhere
@@ -54,6 +54,7 @@ def fg2_gdn(
   scale: float | None = None,
   chunk_size: int | None = None,
   implementation: str = 'auto',
+  time_axis: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """The recurrence at the top of this file with a = b = gate_k k and x = gate_v v, over whole rows.
 
@@ -73,6 +74,8 @@ def fg2_gdn(
     chunk_size: tokens of a chunk, a power of two from 2; None: chosen by platform. The reference
       has no chunks.
     implementation: auto, or one of IMPLEMENTATIONS.
+    time_axis: inside shard_map, the mesh axis that T is split over, see time_parallel.py. The final
+      state is then the whole row's, on every device.
 
   Returns:
     o [B, T, Hv, V] in v's dtype, and the state after the last segment of each row, [B, Hv, K, V]
@@ -86,9 +89,10 @@ def fg2_gdn(
       )
     gate_v = gate_k
   gates = {'gate_k': gate_k, 'gate_v': gate_v}
-  return _scan(
-    q, k, v, g, gates, True, 2**0.5, initial_state, segment_ids, scale, chunk_size, implementation
+  checked = _check(
+    q, k, v, g, gates, 2**0.5, initial_state, segment_ids, scale, chunk_size, implementation
   )
+  return _scan(*checked, segment_ids, time_axis, symmetric=True)
 
 
 def kda(
@@ -103,6 +107,7 @@ def kda(
   scale=None,
   chunk_size=None,
   implementation='auto',
+  time_axis=None,
 ):
   """Kimi Delta Attention (arXiv:2510.26692): fg2_gdn but beta [B, T, Hv] in [0, 2], not its root.
 
@@ -111,9 +116,10 @@ def kda(
   _check_dimensions('g', g, 4)
   _check_dimensions('beta', beta, 3)
   gates = {'beta': beta, 'beta of v': beta}
-  return _scan(
-    q, k, v, g, gates, False, 2.0, initial_state, segment_ids, scale, chunk_size, implementation
+  checked = _check(
+    q, k, v, g, gates, 2.0, initial_state, segment_ids, scale, chunk_size, implementation
   )
+  return _scan(*checked, segment_ids, time_axis, symmetric=False)
 
 
 def gdn(
@@ -128,14 +134,16 @@ def gdn(
   scale=None,
   chunk_size=None,
   implementation='auto',
+  time_axis=None,
 ):
   """Gated DeltaNet (arXiv:2412.06464): kda, but g is one decay per head, [B, T, Hv]."""
   _check_dimensions('g', g, 3)
   _check_dimensions('beta', beta, 3)
   gates = {'beta': beta, 'beta of v': beta}
-  return _scan(
-    q, k, v, g, gates, False, 2.0, initial_state, segment_ids, scale, chunk_size, implementation
+  checked = _check(
+    q, k, v, g, gates, 2.0, initial_state, segment_ids, scale, chunk_size, implementation
   )
+  return _scan(*checked, segment_ids, time_axis, symmetric=False)
 
 
 def gdn2(
@@ -151,6 +159,7 @@ def gdn2(
   scale=None,
   chunk_size=None,
   implementation='auto',
+  time_axis=None,
 ):
   """Gated DeltaNet-2 (arXiv:2605.22791): fg2_gdn but erase scales b only, and write x.
 
@@ -159,9 +168,10 @@ def gdn2(
   _check_dimensions('erase', erase, 4)
   _check_dimensions('write', write, 4)
   gates = {'erase': erase, 'write': write}
-  return _scan(
-    q, k, v, g, gates, False, 2.0, initial_state, segment_ids, scale, chunk_size, implementation
+  checked = _check(
+    q, k, v, g, gates, 2.0, initial_state, segment_ids, scale, chunk_size, implementation
   )
+  return _scan(*checked, segment_ids, time_axis, symmetric=False)
 
 
 def fg2_gdn_step(q, k, v, g, gate_k, gate_v, state, *, scale=None):
@@ -190,8 +200,17 @@ def choose(on: str, dtype=jnp.float32) -> str:
   return AUTO[on] if jnp.dtype(dtype) in (jnp.bfloat16, jnp.float32) else 'chunked'
 
 
-def _scan(q, k, v, g, gates, symmetric, limit, state, segments, scale, chunk, implementation):
-  """Checks, defaults and padding around reference.scan and chunked.scan."""
+def _scan(tokens, state, run, segments, time_axis, *, symmetric):
+  """What `_check` returned -> output and final state."""
+  run = functools.partial(run, symmetric=symmetric)
+  marks = (None, None) if segments is None else _marks(segments)
+  if time_axis is None:
+    return run(tokens, state, *marks)
+  return time_parallel.scan(run, tokens, state, segments, marks, time_axis)
+
+
+def _check(q, k, v, g, gates, limit, state, segments, scale, chunk, implementation):
+  """All token arrays with channels, the state, and `_run` bound to its choices; or an error."""
   batch, length, heads, width = _check_shapes(q, k, v, g, gates)
   on = platform()
   if implementation == 'auto':
@@ -223,33 +242,34 @@ def _scan(q, k, v, g, gates, symmetric, limit, state, segments, scale, chunk, im
     )
   _check_values(g, gates, limit)
 
-  valid, fresh = (None, None) if segments is None else _marks(segments)
   scale = k.shape[-1] ** -0.5 if scale is None else scale
   tokens = (q, k, v, *(x if x.ndim == 4 else x[..., None] for x in (g, *gates.values())))
-  if implementation == 'reference':
-    if segments is None:
-      valid, fresh = jnp.ones((batch, length), bool), jnp.zeros((batch, length), bool)
-    return reference.scan(
-      *tokens, state.astype(dtype), valid, fresh, symmetric=symmetric, scale=scale
-    )
-
   chunk = min(chunk or CHUNK[on], max(smallest, 1 << (length - 1).bit_length()))
+  run = functools.partial(_run, implementation, on, scale, chunk)
+  return tokens, state.astype(dtype), run
+
+
+def _run(implementation, on, scale, chunk, tokens, state, valid, fresh, *, symmetric):
+  """reference.scan by an implementation; valid and fresh may be None."""
+  batch, length = tokens[0].shape[:2]
+  if implementation == 'reference':
+    if valid is None:
+      valid, fresh = jnp.ones((batch, length), bool), jnp.zeros((batch, length), bool)
+    return reference.scan(*tokens, state, valid, fresh, symmetric=symmetric, scale=scale)
   if implementation == 'pallas_tpu':
     return pallas_tpu.scan(
       *tokens, state, valid, fresh, symmetric=symmetric, scale=scale, chunk=chunk, heads=HEADS
     )
 
   wanted = -(-length // chunk)
-  chunks = max(1, BORDER // chunk, BLOCK[on] // (batch * heads * chunk * max(shape[2:])))
+  temporary = batch * state.shape[1] * chunk * max(state.shape[2:])
+  chunks = max(1, BORDER // chunk, BLOCK[on] // temporary)
   blocks = -(-wanted // chunks)
   chunks = -(-wanted // blocks)
-  pad = lambda x: jnp.pad(
-    x, [(0, 0), (0, blocks * chunks * chunk - length)] + [(0, 0)] * (x.ndim - 2)
-  )
-  marks = (None, None) if segments is None else (pad(valid), pad(fresh))
-  o, state = chunked.scan(
-    symmetric, scale, chunk, chunks, *map(pad, tokens), state.astype(dtype), *marks
-  )
+  fill = blocks * chunks * chunk - length
+  pad = lambda x: jnp.pad(x, [(0, 0), (0, fill)] + [(0, 0)] * (x.ndim - 2))
+  marks = (None, None) if valid is None else (pad(valid), pad(fresh))
+  o, state = chunked.scan(symmetric, scale, chunk, chunks, *map(pad, tokens), state, *marks)
   return o[:, :length], state
 
 

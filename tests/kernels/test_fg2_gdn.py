@@ -372,6 +372,45 @@ def test_bfloat16_inputs_are_computed_in_float32():
   assert_close(gradients, expected, 2**-8)
 
 
+def test_time_split_over_devices_is_one_device(x64):
+  """Four devices of ten tokens: documents that end on a border, cross one, and skip a device."""
+  arrays = inputs(40)
+  segments = np.array(
+    [[0] * 3 + [1] * 7 + [2] * 12 + [3] * 18, [1] * 8 + [0] * 15 + [1] * 9 + [4] * 8]
+  )
+  names = ('q', 'k', 'v', 'g', 'gate_k', 'gate_v')
+  mesh = jax.make_mesh(
+    (4,), ('time',), devices=jax.devices()[:4], axis_types=(jax.sharding.AxisType.Auto,)
+  )
+  over, whole = jax.sharding.PartitionSpec(None, 'time'), jax.sharding.PartitionSpec()
+  options = dict(implementation='chunked', chunk_size=4)
+
+  def split(given, ids):
+    rule = lambda state, ids, *x: op.fg2_gdn(
+      *x, initial_state=state, segment_ids=ids, time_axis='time', **options
+    )
+    mapped = jax.shard_map(
+      rule, mesh=mesh, in_specs=(whole, *[over] * 7), out_specs=(over, whole), check_vma=False
+    )
+    return mapped(given['state'], ids, *(given[name] for name in names))
+
+  def together(given, ids):
+    return apply('fg2_plus', given, ids, **options)
+
+  def everything(function):
+    def loss(given):
+      result = function(given, segments)
+      rng = np.random.default_rng(1)
+      return sum(jnp.sum(x * rng.standard_normal(x.shape)) for x in result), result
+
+    given = {name: arrays[name] for name in (*names, 'state')}
+    step = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=OPTIONS)
+    (_, result), gradients = step(given)
+    return dict(zip('os', result)) | {f'gradient of {name}': x for name, x in gradients.items()}
+
+  assert_close(everything(split), everything(together), 1e-12)
+
+
 def test_a_step_is_a_contraction():
   """The one-step matrix, read off by stepping a state of unit vectors, for gates up to sqrt(2)."""
   arrays = inputs(50, np.float32, value_width=K)
@@ -489,7 +528,9 @@ def test_values_are_checked_in_debug_mode():
       with pytest.raises(ValueError, match=f'{name} has values'):
         plus(x | {name: x[name].at[0, 3, 1, 2].set(value)})
     with pytest.raises(ValueError, match='beta has values'):
-      op.kda(x['q'], x['k'], x['v'], x['g'], x['beta'].at[0, 1, 2].set(2.1), implementation='reference')
+      op.kda(
+        x['q'], x['k'], x['v'], x['g'], x['beta'].at[0, 1, 2].set(2.1), implementation='reference'
+      )
     with pytest.raises(
       Exception, match='g has values'
     ):  # inside jit: jax's own error, with ours in it
