@@ -158,15 +158,15 @@ for name in {wanted}:
 @pytest.mark.extras
 def test_transformers_works_beside_our_packages():
   pytest.importorskip('transformers')
-  run('''
+  run(f'''
 import transformers
 config = transformers.LlamaConfig(
     hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=8)
 model = transformers.LlamaForCausalLM(config)
 import kernels, torch
-assert kernels.__file__.startswith(%r)
+assert kernels.__file__.startswith({str(ROOT)!r})
 assert model(torch.tensor([[1, 2]])).logits.shape == (1, 2, 8)
-''' % str(ROOT))
+''')
 
 
 @pytest.mark.extras

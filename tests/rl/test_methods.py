@@ -183,7 +183,7 @@ def test_the_reward_of_a_small_policy_goes_up(name):
   rate = {'dr_grpo': 6.0, 'rloo': 0.7}.get(name, 3.0)          # their losses differ in scale
   step = jax.jit(jax.grad(lambda p, batch: rl_toy.loss(method.terms, p, batch)[0]))
   rewards = []
-  for i in range(40):
+  for _ in range(40):
     tokens = sample(rng, params, 64)
     reward = (tokens[:, 1:] == 3).mean(1)                      # say 3 as often as you can
     rec = rl_toy.record({'task': reward}, np.repeat(np.arange(8), 8))
