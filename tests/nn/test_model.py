@@ -37,6 +37,71 @@ def draw_weights(shape):
   return jnp.asarray(np.random.default_rng(1).standard_normal(shape), jnp.float32)
 
 
+def as_head(params, cfg):
+  """The same layers as entries of their own: parameters and config without a scan."""
+  layers = [params['head']['0']]
+  for r in range(cfg.repeats):
+    layers += [jax.tree.map(lambda a, r=r: a[r], layer) for layer in params['blocks'].values()]
+  layers += list(params.get('tail', {}).values())
+  numbered = {str(i): layer for i, layer in enumerate(layers)}
+  rest = {name: a for name, a in params.items() if name not in ('head', 'blocks', 'tail')}
+  return rest | {'head': numbered}, dataclasses.replace(cfg, head=cfg.layers, repeats=0, tail=())
+
+
+def by_hand(params, cfg, tokens):
+  """Hidden states of one row [T] in float64 and plain numpy, a position and a head at a time."""
+  wide = lambda tree: jax.tree.map(lambda a: np.asarray(a, np.float64), tree)
+
+  def rms(x, scale):
+    return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + cfg.norm_eps) * scale
+
+  def turn(x, t):
+    half = cfg.head_dim // 2
+    pair = x[:half] + 1j * x[half:]
+    pair = pair * np.exp(1j * t * cfg.rope_theta ** (-np.arange(half) / half))
+    return np.concatenate([pair.real, pair.imag])
+
+  def attend(p, x):
+    out = np.zeros((len(x), cfg.num_heads, cfg.head_dim))
+    for h in range(cfg.num_heads):
+      g = h // (cfg.num_heads // cfg.num_kv_heads)
+      q = [turn(rms(a @ p['q'][:, h], p['q_norm']['scale']), t) for t, a in enumerate(x)]
+      k = [turn(rms(a @ p['k'][:, g], p['k_norm']['scale']), t) for t, a in enumerate(x)]
+      for t in range(len(x)):
+        weights = np.exp([q[t] @ k[s] / np.sqrt(cfg.head_dim) for s in range(t + 1)])
+        out[t, h] = weights / weights.sum() @ (x[:t + 1] @ p['v'][:, g])
+    return np.einsum('thk,hkd->td', out, p['o'])
+
+  def feed(p, x):
+    gate = x @ p['gate']
+    return (gate / (1 + np.exp(-gate)) * (x @ p['up'])) @ p['down']
+
+  params = wide(params)
+  x = params['embed']['table'][tokens]
+  for layer in as_head(params, cfg)[0]['head'].values():
+    x = x + attend(layer['mixer'], rms(x, layer['mixer_norm']['scale']))
+    x = x + feed(layer['ffn'], rms(x, layer['ffn_norm']['scale']))
+  return rms(x, params['norm']['scale'])
+
+
+def test_forward_matches_plain_numpy():
+  cfg = tiny.config(**tiny.FULL_STACK)
+  params = tiny.params(cfg)
+  rows = tiny.batch(tiny.tokens(2, 7))
+  hidden = tiny.forward(params, cfg, rows).hidden
+  for b in range(2):
+    np.testing.assert_allclose(hidden[b], by_hand(params, cfg, np.asarray(rows.tokens[b])), atol=2e-5)
+
+
+def test_only_distances_between_positions_matter():
+  cfg = tiny.config()
+  params = tiny.params(cfg)
+  rows = tiny.batch(tiny.tokens(2, 9))
+  later = rows.replace(positions=rows.positions + 20)
+  np.testing.assert_allclose(
+      tiny.forward(params, cfg, later).hidden, tiny.forward(params, cfg, rows).hidden, atol=2e-5)
+
+
 def test_no_position_depends_on_a_later_token():
   cfg = tiny.config(tied=False)
   params = tiny.params(cfg)
@@ -128,17 +193,6 @@ def test_prepared_parameters_are_rounded_once():
   plain, _ = prefill(params, tokens=tokens, start=start)
   rounded, _ = prefill(prepared, tokens=tokens, start=start)
   np.testing.assert_array_equal(np.asarray(plain, np.float32), np.asarray(rounded, np.float32))
-
-
-def as_head(params, cfg):
-  """The same layers as entries of their own: parameters and config without a scan."""
-  layers = [params['head']['0']]
-  for r in range(cfg.repeats):
-    layers += [jax.tree.map(lambda a, r=r: a[r], params['blocks'][name]) for name in ('0', '1')]
-  layers += [params['tail']['0']]
-  numbered = {str(i): layer for i, layer in enumerate(layers)}
-  rest = {name: a for name, a in params.items() if name not in ('head', 'blocks', 'tail')}
-  return rest | {'head': numbered}, dataclasses.replace(cfg, head=cfg.layers, repeats=0, tail=())
 
 
 def test_scan_unrolled_loop_and_single_entries_are_one_model():
