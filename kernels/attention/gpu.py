@@ -1,14 +1,15 @@
 """Causal attention on GPU by jax's fused Triton kernel. B rows, T positions, H query heads, G key/value heads, K head size.
 
-It is the one fused kernel at hand that takes segments, has a backward pass and needs nothing but jax: Mosaic GPU's has
-neither segments nor a causal backward pass, and cuDNN's needs cuDNN at compile time and the mask as a [T, T] bias. It
-wants whole blocks of positions and as many key heads as query heads: rows are padded with segment 0, keys repeated.
+Of the fused kernels at hand this one takes segments, has a backward pass, needs nothing but jax, and compiles ahead of
+time. Mosaic GPU's has neither segments nor a causal backward pass; cuDNN's needs cuDNN to compile and the segments as a
+[T, T] bias; tokamax's brings ten packages and pins of theirs. It wants whole blocks of positions and as many key heads as
+query heads: rows are padded with segment 0, keys repeated. jax 0.11 still has it but calls it deprecated: this file goes
+to another kernel when jax 0.12 is allowed.
 """
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas.ops.gpu import attention as fused
 
 TILE_BYTES = 2**15                     # of a block of queries: with more, the blocks in flight overflow shared memory
 SMALLEST, LARGEST = 32, 128            # positions of a block; the backward pass has the smallest
@@ -18,6 +19,9 @@ def attention(
     q: jax.Array, k: jax.Array, v: jax.Array, *, segments: jax.Array, scale: float, interpret: bool = False,
 ) -> jax.Array:
   """As `reference.attention`. interpret: run the kernel's program by XLA, on any platform."""
+  # Here, because jax 0.11 warns at its import, which only a GPU needs.
+  from jax.experimental.pallas.ops.gpu import attention as fused
+
   length, ratio = q.shape[1], q.shape[2] // k.shape[2]
   block = min(LARGEST, TILE_BYTES // (pl.next_power_of_2(q.shape[3]) * q.dtype.itemsize), pl.next_power_of_2(length))
   block = max(block, SMALLEST)

@@ -180,6 +180,14 @@ def test_a_train_step_never_holds_all_logits(remat):
   assert 0 < max(logits) * 4 * 5003 <= score.CHUNK_BYTES
 
 
+def test_a_chunk_size_of_the_config_is_kept_to():
+  params, hidden, rows = example()
+  cfg = dataclasses.replace(CFG, score_chunk=4)
+  program = jax.make_jaxpr(lambda p, h, b: score.score(p, cfg, Output(hidden=h), b, (LOGP,)))(params, hidden, rows)
+  # Nine positions in three chunks of equal size.
+  assert max(int(np.prod(shape)) for shape in arrays_in(program.jaxpr) if shape[-1:] == (17,)) == 2 * 3 * 17
+
+
 def test_small_logits_are_computed_at_once_but_not_kept():
   cfg = tiny.config(vocab_size=23)
   assert score.chunk_size(cfg, 4, 64) == 64
