@@ -1,4 +1,4 @@
-"""Runs of a session share what they compile."""
+"""Runs compile much and compute little: they share what they compile, and XLA does not try hard."""
 
 import os
 
@@ -6,13 +6,19 @@ import jax
 import pytest
 
 
-@pytest.fixture(scope='session', autouse=True)
-def compilation_cache(tmp_path_factory):
-  """Equal programs are compiled once for all runs of a session, those of other processes too."""
-  settings = {'jax_compilation_cache_dir': str(tmp_path_factory.mktemp('compiled')),
+@pytest.fixture(scope='session')
+def compiled(tmp_path_factory):
+  return str(tmp_path_factory.mktemp('compiled'))
+
+
+@pytest.fixture(scope='module')
+def cheap_compilation(compiled):
+  """For a module whose tests train; holds for the processes it starts, too."""
+  settings = {'jax_compilation_cache_dir': compiled,
               'jax_persistent_cache_min_compile_time_secs': 0,
-              'jax_persistent_cache_min_entry_size_bytes': -1}
-  before = {name: getattr(jax.config, name) for name in settings}
+              'jax_persistent_cache_min_entry_size_bytes': -1,
+              'jax_disable_most_optimizations': True}
+  before = {name: jax.config.values[name] for name in settings}
   for name, value in settings.items():
     jax.config.update(name, value)
     os.environ[name.upper()] = str(value)

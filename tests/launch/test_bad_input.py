@@ -8,6 +8,8 @@ import pytest
 import train_runs
 from launch import metrics
 
+pytestmark = pytest.mark.usefixtures('cheap_compilation')
+
 
 @pytest.fixture
 def refused(monkeypatch, capsys, tmp_path):

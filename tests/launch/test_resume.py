@@ -4,6 +4,8 @@ import pytest
 
 import train_runs
 
+pytestmark = pytest.mark.usefixtures('cheap_compilation')
+
 # All that a step may depend on: sub-streams, packing, microbatches, several updates per rollout, a
 # filter with refills, a reference policy, a reward in a worker, weights on the sampler mismatch.
 REWARD = '''
