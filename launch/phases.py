@@ -102,22 +102,37 @@ def plan(config: Any) -> list[tuple[str, int, int]]:
 
 
 def build_all(run: Run, plan: list[tuple[str, int, int]]) -> list[Built]:
-  """All phases. Those before RL are evaluated as RL will be, too: accuracy is what they prepare."""
+  """All phases. Those beside RL are evaluated as RL is, too: accuracy is what they prepare."""
   built = [build(run, *phase) for phase in plan]
-  accuracy = next((b.phase.evaluate for b in built if b.phase.kind == 'rl'), None)
+  rl = next((b for b in built if b.phase.kind == 'rl' and b.phase.evaluate), None)
+  if rl:
+    built = [b if b is rl else evaluated_too(b, rl) for b in built]
+  return [with_aim(b, run.config[b.phase.name].until) for b in built]
 
-  def both(phase):
-    loss = phase.evaluate
-    if accuracy is None or phase.kind == 'rl':
-      return phase
-    evaluate = lambda params, step: loss(params, step) | accuracy(params, step)
-    return dataclasses.replace(phase, evaluate=evaluate if loss else accuracy)
 
-  built = [dataclasses.replace(b, phase=both(b.phase)) for b in built]
-  for b in built:
-    if run.config[b.phase.name].until and b.phase.evaluate is None:
-      raise ValueError(f'{b.phase.name}.until asks for an evaluation, but nothing is held out for one')
-  return built
+def evaluated_too(built: Built, other: Built) -> Built:
+  """The phase, whose evaluation is followed by that of another one."""
+  own, more = built.phase.evaluate, other.phase.evaluate
+  both = lambda params, step: (own(params, step) if own else {}) | more(params, step)
+  return dataclasses.replace(built, phase=dataclasses.replace(built.phase, evaluate=both),
+                             measures=built.measures + other.measures)
+
+
+def with_aim(built: Built, text: str) -> Built:
+  """The phase, ended by what 'eval/loss<=0.5' or 'eval/accuracy>=0.9' asks; '': by its steps."""
+  if not text:
+    return built
+  key, parts = f'{built.phase.name}.until', re.fullmatch(r'(\S+?)\s*(<=|>=)\s*(\S+)', text.strip())
+  try:
+    name, sign, bound = parts.group(1), parts.group(2), float(parts.group(3))
+  except (AttributeError, ValueError):
+    raise ValueError(f"{key} is {text!r}, wanted a metric of an evaluation and a bound, "
+                     "as in 'eval/loss<=0.5' or 'eval/accuracy>=0.9'") from None
+  if name not in built.measures:
+    raise ValueError(f'{key} is {text!r}; the evaluations of this phase measure '
+                     f'{sorted(built.measures) or "nothing, as no rows are held out"}')
+  reached = lambda now: now[name] <= bound if sign == '<=' else now[name] >= bound
+  return dataclasses.replace(built, phase=dataclasses.replace(built.phase, reached=reached))
 
 
 def build(run: Run, name: str, first: int, last: int) -> Built:
@@ -152,25 +167,6 @@ def check_length(run: Run, length: int, what: str) -> None:
         f'{what} is {length} tokens, longer than model.max_length {run.cfg.max_length}')
 
 
-def aim(text: str, key: str) -> Callable[[dict], bool]:
-  """What 'eval/loss<=0.5' or 'eval/accuracy>=0.9' asks of the metrics of an evaluation; '': nothing ends a phase early."""
-  if not text:
-    return lambda metrics: False
-  parts = re.fullmatch(r'\s*(eval/[^\s<>=]+)\s*(<=|>=)\s*([-+.\deE]+)\s*', text)
-  try:
-    name, sign, bound = parts.group(1), parts.group(2), float(parts.group(3))
-  except (AttributeError, ValueError):
-    raise ValueError(f"{key} is {text!r}, wanted a metric of an evaluation and a bound, "
-                     "as in 'eval/loss<=0.5' or 'eval/accuracy>=0.9'") from None
-
-  def reached(metrics):
-    if name not in metrics:
-      raise ValueError(f'{key} is {text!r}; evaluations give {sorted(metrics)}')
-    return metrics[name] <= bound if sign == '<=' else metrics[name] >= bound
-
-  return reached
-
-
 def build_text(run: Run, name: str, first: int, last: int) -> Built:
   """Pretraining and SFT: a reader's rows under maximum likelihood."""
   c = run.config[name]
@@ -202,7 +198,6 @@ def build_text(run: Run, name: str, first: int, last: int) -> Built:
       name=name, kind=name, first=first, last=last,
       feed=text_phase.make_feed(reader, method, run.mesh), train_step=train_step, rate=rate,
       evaluate=evaluate, evaluate_every=run.config.eval.every,
-      reached=aim(c.until, f'{name}.until'),
       flops_per_token=model.flops(run.cfg, c.length))
   return Built(
       phase=phase, tx=tx, reset_optimizer=c.reset_optimizer, state_shardings=shardings,
@@ -266,7 +261,6 @@ def build_rl(run: Run, name: str, first: int, last: int) -> Built:
   phase = Phase(
       name=name, kind='rl', first=first, last=last, feed=feed, train_step=train_step, rate=rate,
       evaluate=evaluate, evaluate_every=run.config.eval.every,
-      reached=aim(c.until, f'{name}.until'),
       flops_per_token=model.flops(run.cfg, length))
   identity = {'prompts': prompts.identity()}
   return Built(

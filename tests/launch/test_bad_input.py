@@ -41,7 +41,7 @@ def failed(monkeypatch, capsys, tmp_path):
     ('model.vocab_size=100', 'model.vocab_size is 100, fewer than the 259 ids of the tokenizer'),
     ('tokenizer=/no/where', '/no/where'),
     ('sft.length=64', 'sft.length is 64 tokens, longer than model.max_length 32'),
-    ('rl.max_tokens=40', 'rl.max_prompt + rl.max_tokens is 48 tokens, longer than model.max_length'),
+    ('rl.max_tokens=40', 'rl.max_prompt + rl.max_tokens is 48 tokens, longer than model.max_'),
     ('mesh.data=16', 'model=1 needs 16 devices, there are 8'),
     ('mesh.data=3', 'sft: 8 rows of an optimiser step cannot be divided into 1 microbatches on 3'),
     ('sft.microbatches=3', 'sft: 8 rows of an optimiser step cannot be divided into 3 microb'),
@@ -63,6 +63,9 @@ def failed(monkeypatch, capsys, tmp_path):
     ('eval.reward=', "eval.reward: which of ['digits', 'exact'] says that an answer is right?"),
     ('eval.reward=exakt', "'exakt'; did you mean 'exact'?"),
     ('checkpoint.best_metric=eval/loss1', "measure ['eval/accuracy', 'eval/loss']"),
+    ('sft.until=eval/los<=1', "sft.until is 'eval/los<=1'; the evaluations of this phase measure "
+     "['eval/accuracy', 'eval/loss']"),
+    ('rl.until=accuracy>0.9', "rl.until is 'accuracy>0.9', wanted a metric of an evaluation and a"),
     ('checkpoint.best_mode=most', "checkpoint.best_mode is 'most', wanted max or min"),
     ('init=/no/where', '/no/where is no folder; wanted a workdir or the folder of a checkpoint'),
     ('rl.reference=/no/where', '/no/where is no folder'),
@@ -170,7 +173,7 @@ def done(tmp_path_factory):
     ('phases=sft', "holds a run of phases ('sft', 'rl'), this one has ('sft',)"),
     ('sft.rows=16', 'sft.rows was 8 and is now 16'),
     ('rl.grpo.clip_high=0.3', "rl.grpo.clip_high was '(absent)' and is now 0.3"),
-    ('model.embed_dim=32 --allow_config_change', 'ffn/down is float32[2, 32, 16] in the checkpoint'),
+    ('model.embed_dim=32 --allow_config_change', 'ffn/down is float32[2, 32, 16] in the check'),
     ('sft.steps=2', 'has done 3 steps of phase sft, more than sft.steps 2'),
 ])
 def test_a_workdir_of_another_run(done, monkeypatch, capsys, change, said):

@@ -1,5 +1,6 @@
 """A run that was interrupted goes on bit for bit like one that was not."""
 
+import numpy as np
 import pytest
 
 import train_runs
@@ -60,3 +61,20 @@ def test_the_next_steps_are_bit_identical(whole, tmp_path, step, every):
   both = before.keys() & after.keys()
   assert {('sft', 4), ('rl', 8), ('rl', 12)} <= both
   assert {k: before[k] for k in both} == {k: after[k] for k in both}
+
+
+def test_a_phase_that_reaches_its_aim_ends_there(tmp_path):
+  """The next phase begins at the step where it would have, also after an interruption."""
+  plain, early, again = (tmp_path / name for name in ('plain', 'early', 'again'))
+  assert train_runs.run(plain, 'phases=sft') == 0
+  loss = train_runs.logged(plain, evaluations=True)['sft', 2]['eval/loss']
+  overrides = f'sft.until=eval/loss<={loss}', 'rl.steps=2'
+  assert train_runs.run(early, *overrides) == 0
+  assert list(train_runs.logged(early)) == [('sft', 1), ('sft', 2), ('rl', 5), ('rl', 6)]
+  assert train_runs.steps(early) == [4, 6]
+  before, after = train_runs.state(plain, 2), train_runs.state(early, 4)
+  for name, x in before.items():
+    np.testing.assert_array_equal(x, after[name], err_msg=name)
+  train_runs.rewound(early, 4, again)
+  assert train_runs.run(again, *overrides) == 0
+  train_runs.assert_same_checkpoint(early, again, 6)
