@@ -22,7 +22,7 @@ from rl.methods import METHODS
 OPEN = {'rl.rewards': str, 'rl.reward_weights': float}
 
 # What tuples hold if not strings, by the last part of their key; tuple: names or tuples of names.
-ELEMENTS = {'weights': float, 'head': tuple, 'pattern': tuple, 'tail': tuple}
+ELEMENTS = {'weights': float, 'pairs': int, 'head': tuple, 'pattern': tuple, 'tail': tuple}
 
 
 def get_config() -> ConfigDict:
@@ -36,7 +36,8 @@ def get_config() -> ConfigDict:
 
   defaults = {f.name: f.default for f in dataclasses.fields(ModelConfig)}    # explained there
   c.model = ConfigDict({name: x for name, x in defaults.items()
-                        if name != 'rules' and x is not dataclasses.MISSING})
+                        if name not in ('rules', 'gdn') and x is not dataclasses.MISSING})
+  c.model.gdn = ConfigDict(dataclasses.asdict(defaults['gdn']))               # the same
   c.model.vocab_size = 0               # ids; 0: as many as the tokenizer has
   c.model.embed_dim = 128              # width D
   c.model.num_heads = 4                # query heads
@@ -96,6 +97,12 @@ def get_config() -> ConfigDict:
   c.arithmetic.train = 3072            # problems for RL
   c.arithmetic.demos = 1024            # problems with a demonstration, for SFT
   c.arithmetic.heldout = 512           # problems for evaluation; none of them is in the other two
+
+  c.recall = ConfigDict()              # the generated task, for data of format 'recall'
+  c.recall.pairs = (4, 8, 16, 32)      # of keys and values in a row; as many tokens of each
+  c.recall.symbols = 64                # keys to draw from, and as many values
+  c.recall.rows = 65536                # of each number of pairs; new ones in every epoch
+  c.recall.heldout = 64                # rows of each for evaluation
 
   c.eval = ConfigDict()                # on held-out rows; at both ends of a phase, and
   c.eval.every = 100                   # steps apart
@@ -159,7 +166,7 @@ def optimizer(learning_rate: float) -> ConfigDict:
 
 def data(kind: str) -> ConfigDict:
   c = ConfigDict()
-  c.format = kind                      # text, tokens, chat, problem, arithmetic (generated)
+  c.format = kind                      # text, tokens, chat, problem; arithmetic, recall (generated)
   c.files = ()                         # paths or globs of .txt, .jsonl (.gz, .zst), .npy, .bin, ...
   c.weights = ()                       # of the entries of files in what is drawn; (): by size
   c.heldout = 0.0                      # share of the rows, from the end, kept for evaluation

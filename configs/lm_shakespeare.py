@@ -14,18 +14,18 @@ def get_config():
   c.phases = ('pretrain',)
 
   c.model.embed_dim = 192
-  c.model.num_heads = 6
-  c.model.num_kv_heads = 6
-  c.model.head_dim = 32
+  c.model.num_heads = 3
+  c.model.num_kv_heads = 3
+  c.model.head_dim = 64
   c.model.ffw_dim = 512
   c.model.repeats = 4
   c.model.qk_norm = True
   c.model.unroll = True
   c.model.max_length = 256
 
-  c.pretrain.steps = 3600
-  c.pretrain.rows = 32
-  c.pretrain.length = 128
+  c.pretrain.steps = 3200
+  c.pretrain.rows = 8
+  c.pretrain.length = 256
   c.pretrain.data.format = 'text'
   c.pretrain.data.heldout = 0.1
   c.pretrain.optimizer.name = 'muon'
@@ -33,9 +33,9 @@ def get_config():
   c.pretrain.optimizer.weight_decay = 0.1
   c.pretrain.optimizer.schedule = 'wsd'
   c.pretrain.optimizer.warmup = 50
-  c.pretrain.optimizer.decay = 1200
+  c.pretrain.optimizer.decay = 1400
 
-  c.eval.every = 600
-  c.checkpoint.every = 600
+  c.eval.every = 800
+  c.checkpoint.every = 800
   c.log.every = 20
   return c

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from configs import base
-from nn.config import RULES, ModelConfig
+from nn.config import GDN, RULES, ModelConfig
 from rl import methods, names
 from rl.methods import METHODS
 
@@ -314,8 +314,8 @@ def reason(config: ConfigDict, key: str) -> str:
     return f'{first!r} is not among phases {config.phases}'
   if first == 'rl' and is_method(f'rl.{rest[0]}') and rest[0] not in config.rl.methods:
     return f'{rest[0]!r} is not among rl.methods {config.rl.methods}'
-  if first == 'arithmetic':
-    return "no phase of the run has data.format 'arithmetic'"
+  if first in ('arithmetic', 'recall'):
+    return f'no phase of the run has data.format {first!r}'
   if rest[:1] == ['data']:
     return f'{first}.data.format {config[first].data.format!r} does not use it'
   if rest[:1] == ['optimizer']:
@@ -350,7 +350,7 @@ def model_config(model: Tracked | ConfigDict, vocab_size: int) -> ModelConfig:
                      f'fewer than the {vocab_size} ids of the tokenizer')
   fields['vocab_size'] = fields['vocab_size'] or vocab_size
   fields['rules'] = tuple((axis, fields['rules'][axis]) for axis, _ in RULES)
-  return ModelConfig(**fields)
+  return ModelConfig(**fields | {'gdn': GDN(**fields['gdn'])})
 
 
 def to_json(config: ConfigDict) -> str:

@@ -3,12 +3,13 @@
 import dataclasses
 from typing import Any
 
-from data import build, fields, mixture, sources
+from data import build, fields, mixture, recall, sources
 from data import prompts as prompts_lib
 from rl.names import unknown
 
 ROWS = ('problem', 'chat', 'arithmetic')         # formats of rows that stand alone
-FORMATS = {'pretrain': ('text', 'tokens', *ROWS), 'sft': ('text', 'tokens', *ROWS), 'rl': ROWS}
+TEXT = ('text', 'tokens', *ROWS, 'recall')       # formats of text phases
+FORMATS = {'pretrain': TEXT, 'sft': TEXT, 'rl': ROWS}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,11 +63,13 @@ def files_of(phase: str, d: Any, side: str) -> tuple[tuple[str, ...], float]:
 
 
 def has_heldout(d: Any) -> bool:
-  return d.format == 'arithmetic' or bool(d.heldout_files) or d.heldout > 0
+  return d.format in ('arithmetic', 'recall') or bool(d.heldout_files) or d.heldout > 0
 
 
 def parts(run: Any, phase: str, length: int, d: Any, side: str) -> tuple[mixture.Part, ...]:
   """What a text phase trains on (side train), or what is kept for its evaluation (heldout)."""
+  if d.format == 'recall':
+    return recall_parts(run, length, side)
   long = 'drop' if d.format in ROWS and d.skip_long_rows else 'error'
   options = {'form': form_of(phase, d), 'length': length, 'long': long}
   if d.format == 'arithmetic':
@@ -87,6 +90,21 @@ def parts(run: Any, phase: str, length: int, d: Any, side: str) -> tuple[mixture
   if not weights:
     return (part(names, 1.0),)         # one sequence of rows: every file by its size
   return tuple(part((name,), weight) for name, weight in zip(names, weights))
+
+
+def recall_parts(run: Any, length: int, side: str) -> tuple[mixture.Part, ...]:
+  """One part for each number of pairs."""
+  c, last = run.config.recall, run.cfg.vocab_size
+  rows = c.rows if side == 'train' else c.heldout
+  if 2 * c.symbols > last:
+    raise ValueError(f'recall.symbols {c.symbols} keys and as many values do not fit model.vocab_size {last}')
+  if not c.pairs or rows < 1:
+    raise ValueError(f'recall.pairs is {c.pairs} and there are {rows} rows of each; wanted at least 1')
+  return tuple(
+      mixture.Part(f'{n} pairs', recall.Recall(
+          n, symbols=c.symbols, first_id=last - 2 * c.symbols, rows=rows, seed=run.config.seed, side=side,
+          length=length), max(c.pairs) / n)
+      for n in c.pairs)
 
 
 def prompts(run: Any, d: Any, max_prompt: int, side: str, answer: str) -> prompts_lib.Prompts:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
 import re
 import zlib
 from collections.abc import Callable
@@ -184,16 +183,13 @@ def build_text(run: Run, name: str, first: int, last: int) -> Built:
       packing_kind='split' if joined else 'fit' if c.data.pack else 'pad',
       shuffle=c.data.shuffle, **place)
   run.closing.append(reader)
+  once = lambda examples, faults: reader_lib.once(
+      examples, length=c.length, rows=c.rows, dropped=faults, **place)
   evaluate = None
   if phase_data.has_heldout(c.data):
-    heldout = phase_data.parts(run, name, c.length, c.data, 'heldout')
-
-    def held_rows(faults):
-      return itertools.chain.from_iterable(
-          reader_lib.once(p.examples, length=c.length, rows=c.rows, dropped=faults, **place)
-          for p in heldout)
-
-    evaluate = text_phase.make_evaluate(engine_lib.make_forward(run.cfg), held_rows, run.mesh)
+    heldout = {p.name: functools.partial(once, p.examples)
+               for p in phase_data.parts(run, name, c.length, c.data, 'heldout')}
+    evaluate = text_phase.make_evaluate(engine_lib.make_forward(run.cfg), heldout, run.mesh)
   phase = Phase(
       name=name, kind=name, first=first, last=last,
       feed=text_phase.make_feed(reader, method, run.mesh), train_step=train_step, rate=rate,
@@ -203,7 +199,7 @@ def build_text(run: Run, name: str, first: int, last: int) -> Built:
       phase=phase, tx=tx, reset_optimizer=c.reset_optimizer, state_shardings=shardings,
       memory={'reader': reader.state()}, contract=reader.contract(), check=reader.check,
       restore=lambda memory: reader.restore(memory['reader']),
-      enter=lambda params, begins: None, measures=('eval/loss',) if evaluate else (),
+      enter=lambda params, begins: None, measures=('eval/loss', 'eval/token_accuracy') if evaluate else (),
       tokens=c.rows * c.length, length=c.length, left_out=reader.dropped)
 
 

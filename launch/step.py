@@ -34,6 +34,7 @@ def make_loss(forward: Callable, terms: tuple[Term, ...]) -> tuple[Callable, Cal
 
   Returns:
     loss: (params, batch, sums) -> (scalar, {metric: scalar}); additive over rows, so microbatches and devices add up.
+      What a term reports beside its value is a weighted sum, too; `means` divides it by the weight.
     sums: (params, batch) -> {term: {name: []}}, detached, also additive; None if no term asks for it. `loss` takes the
       totals over the optimiser step, or {} when its batch is all of it.
   """
@@ -67,6 +68,7 @@ def make_loss(forward: Callable, terms: tuple[Term, ...]) -> tuple[Callable, Cal
       weight = batch.weights[term.name]
       metrics[term.name] = losses.weighted_sum(value, weight)
       metrics |= {f'{term.name}/{k}': losses.weighted_sum(x, weight) for k, x in extra.items()}
+      metrics |= {f'{term.name}/weight': jnp.sum(weight)} if extra else {}
       total += batch.coef[term.name] * metrics[term.name]
     return total, metrics | {'loss': total}
 
@@ -83,6 +85,17 @@ def make_loss(forward: Callable, terms: tuple[Term, ...]) -> tuple[Callable, Cal
     return out
 
   return loss, (sums if summed else None)
+
+
+def means(metrics: dict[str, jax.Array]) -> dict[str, jax.Array]:
+  """What terms report as weighted means, of a whole optimiser step's metrics: weights need not sum to 1."""
+  weights = {name.removesuffix('weight'): x for name, x in metrics.items() if name.endswith('/weight')}
+  out = {}
+  for name, x in metrics.items():
+    prefix = name[:name.rfind('/') + 1]
+    if name not in (f'{p}weight' for p in weights):
+      out[name] = x / jnp.where(weights[prefix] == 0, 1, weights[prefix]) if prefix in weights else x
+  return out
 
 
 def split(batch: Batch, microbatches: int) -> Batch:
@@ -117,7 +130,8 @@ def make_gradient(loss: tuple[Callable, Callable | None], specs: Any, microbatch
     def one(part):
       return jax.grad(lambda t: value(param.merge(t, frozen), part, totals), has_aux=True)(trainable)
 
-    return total(one, batch, microbatches)
+    grads, metrics = total(one, batch, microbatches)
+    return grads, means(metrics)
 
   return gradient
 

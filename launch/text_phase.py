@@ -1,10 +1,10 @@
-"""Pretraining and SFT: batches from a reader, and the loss on held-out rows.
+"""Pretraining and SFT: batches from a reader, and loss and accuracy on held-out rows.
 
 B rows of a step, T positions.
 """
 
 import collections
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ import numpy as np
 from data import stream
 from launch import mesh as mesh_lib
 from launch.loop import Feed, Told
-from nn.types import LOGP, Batch
+from nn.types import LOGP, Batch, topk
 from rl.types import Method
 
 FAULTS = ('bad', 'long', 'truncated')    # what rows are left out or cut for, see data/sft.py
@@ -66,32 +66,40 @@ def new_faults(before: dict, now: dict) -> dict[str, float]:
   return mesh_lib.sum_over_processes(found)
 
 
-def make_evaluate(forward: Callable, open_rows: Callable, mesh: jax.sharding.Mesh) -> Callable:
-  """Loss in nats per predicted token over one pass of the held-out rows.
+def make_evaluate(forward: Callable, parts: Mapping[str, Callable], mesh: jax.sharding.Mesh) -> Callable:
+  """One pass of the held-out rows: what is said below of all rows, and of each part where there are several.
+
+  eval/loss: nats per predicted token. eval/token_accuracy: share of them that were the likeliest token.
 
   Args:
     forward: launch.engine.make_forward's.
-    open_rows: Counter of faults -> iterable of fields of this process; every process gets equally
-      many.
+    parts: {name: open}; open(Counter of faults) -> iterable of fields of this process; every process gets equally many.
   """
+  best = topk(1)
 
   @jax.jit
   def sums(params, batch):
-    scores, _ = forward(params, batch, (LOGP,))
-    mask = batch.masks['train']
-    return -jnp.sum(jnp.where(mask > 0, scores[LOGP], 0)), jnp.sum(mask)
+    scores, _ = forward(params, batch, (LOGP, best))
+    mask = batch.masks['train'] > 0
+    right = scores[best][0][..., 0] == batch.tokens
+    return [-jnp.sum(jnp.where(mask, scores[LOGP], 0)), jnp.sum(mask & right), jnp.sum(mask)]
 
   def evaluate(params, step):
     del step
-    parts, faults = [], collections.Counter()
-    for fields in open_rows(faults):
-      batch, _ = make_batch(fields, Method())
-      parts.append(sums(params, mesh_lib.put(batch, mesh)))
-    loss, tokens = np.sum(np.asarray(jax.device_get(parts), np.float64).reshape(-1, 2), axis=0)
-    if not tokens:
+    found, faults = {}, collections.Counter()
+    for name, open_rows in parts.items():
+      batches = (mesh_lib.put(make_batch(fields, Method())[0], mesh) for fields in open_rows(faults))
+      found[name] = [sums(params, batch) for batch in batches]
+    found = {name: np.asarray(x, np.float64).reshape(-1, 3).sum(0) for name, x in jax.device_get(found).items()}
+    whole = sum(found.values())
+    if not whole[2]:
       raise ValueError('the held-out rows have no token to predict')
+    out = {}
+    for prefix, (loss, right, tokens) in {'eval': whole, **{f'eval/{name}': x for name, x in found.items()}}.items():
+      if tokens and (prefix == 'eval' or len(found) > 1):
+        out |= {f'{prefix}/loss': loss / tokens, f'{prefix}/token_accuracy': right / tokens}
     # Every process reads all rows, and has counted all of their faults.
     left_out = {f'eval/rows_{name}': float(n) for name, n in faults.items()}
-    return {'eval/loss': float(loss / tokens), 'eval/tokens': float(tokens), **left_out}
+    return {name: float(x) for name, x in out.items()} | {'eval/tokens': float(whole[2]), **left_out}
 
   return evaluate

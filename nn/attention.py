@@ -98,9 +98,11 @@ def project(
   if cfg.qk_norm:
     q = norm.rms_norm(q, params['q_norm']['scale'], cfg.norm_eps)
     k = norm.rms_norm(k, params['k_norm']['scale'], cfg.norm_eps)
+  if cfg.rope_theta:
+    q, k = (rope.rotate(a, positions, cfg.rope_theta) for a in (q, k))
   lead = (None,) * (x.ndim - 2)
-  q = param.constrain(rope.rotate(q, positions, cfg.rope_theta), cfg.rules, 'batch', *lead, 'heads', None)
-  k = param.constrain(rope.rotate(k, positions, cfg.rope_theta), cfg.rules, 'batch', *lead, 'kv_heads', None)
+  q = param.constrain(q, cfg.rules, 'batch', *lead, 'heads', None)
+  k = param.constrain(k, cfg.rules, 'batch', *lead, 'kv_heads', None)
   return q, k, param.constrain(v, cfg.rules, 'batch', *lead, 'kv_heads', None)
 
 

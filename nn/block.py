@@ -7,10 +7,10 @@ specs, apply and flops, see `nn/mlp.py`. A new one is one file and one entry her
 import jax
 import jax.numpy as jnp
 
-from nn import attention, cache, mlp, norm, param
+from nn import attention, cache, gdn, mlp, norm, param
 from nn.config import ModelConfig
 
-MIXERS = {'attention': attention}
+MIXERS = {'attention': attention, 'gdn': gdn}
 FFNS = {'mlp': mlp}
 
 Names = tuple[str, str]                # of the mixer and of the FFN

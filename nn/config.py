@@ -1,6 +1,7 @@
 """The model's sizes and choices: static under jit, hashable, without mesh or paths."""
 
 import dataclasses
+from typing import NamedTuple
 
 Layer = str | tuple[str, str]          # a mixer, or (mixer, ffn); a bare mixer takes the default FFN
 
@@ -14,11 +15,50 @@ RULES = (
     ('head_dim', ()),
     ('key_dim', ()),
     ('value_dim', ()),
+    ('rank', ()),
+    ('conv', ()),
     ('ffw', ('model',)),
     ('vocab', ('model',)),
     ('expert', ('expert',)),
     ('layers', ()),
 )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GDN:
+  """The linear-attention mixer, see `nn/gdn.py`. Where 0 is allowed, it stands for the value in brackets."""
+  variant: str = 'fg2_plus'            # gdn | kda | fg2 | fg2_plus | gdn2: the recurrence, see kernels/fg2_gdn
+  num_heads: int = 0                   # value heads (model.num_heads)
+  num_key_heads: int = 0               # a divisor of num_heads (num_heads)
+  key_dim: int = 0                     # K (model.head_dim)
+  value_dim: int = 0                   # V (model.head_dim)
+  conv: int = 4                        # tokens that the short convolution of q, k and v sees
+  decay_rank: int = -1                 # of the decay's projection; 0: full; -1: value_dim. gdn has one decay per head
+  beta_rank: int = 0                   # of the projections of gates per channel; 0: full
+  gate_rank: int = -1                  # of the output gate's; 0: full; -1: value_dim, but full for gdn
+  gate: str = ''                       # silu | sigmoid, of the output gate (sigmoid, but silu for gdn)
+  lower_bound: float = 0.0             # of the log-decay, as -5; 0: none
+  negative: bool = False               # learning rates up to 2 instead of 1
+  norm_eps: float = 1e-5               # of the norm of the output
+  implementation: str = 'auto'         # see kernels/fg2_gdn
+  chunk: int = 0                       # tokens of a chunk (by platform)
+
+  def __post_init__(self):
+    variants = ('gdn', 'kda', 'fg2', 'fg2_plus', 'gdn2')
+    if self.variant not in variants:
+      raise ValueError(f'model.gdn.variant is {self.variant!r}, wanted one of {", ".join(variants)}')
+    if self.gate not in ('', 'silu', 'sigmoid'):
+      raise ValueError(f'model.gdn.gate is {self.gate!r}, wanted silu or sigmoid')
+    if self.conv < 1:
+      raise ValueError(f'model.gdn.conv is {self.conv}, wanted at least 1: the token itself')
+    if self.lower_bound > 0:
+      raise ValueError(f'model.gdn.lower_bound is {self.lower_bound}; log-decays are below 0')
+    for name in ('num_heads', 'num_key_heads', 'key_dim', 'value_dim', 'beta_rank', 'chunk'):
+      if getattr(self, name) < 0:
+        raise ValueError(f'model.gdn.{name} is {getattr(self, name)}, wanted at least 0')
+    for name in ('decay_rank', 'gate_rank'):
+      if getattr(self, name) < -1:
+        raise ValueError(f'model.gdn.{name} is {getattr(self, name)}, wanted at least -1')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,7 +76,8 @@ class ModelConfig:
   tail: tuple[Layer, ...] = ()
   ffn: str = 'mlp'                     # the FFN of a layer that names only its mixer
   max_length: int = 2048               # tokens of a row: longer rows are refused
-  rope_theta: float = 10_000.0
+  gdn: GDN = GDN()                     # of the mixer 'gdn'
+  rope_theta: float = 10_000.0         # base of the rotary angles; 0: attention without positions
   qk_norm: bool = False
   norm_eps: float = 1e-6
   tied: bool = True                    # the unembedding is the embedding table
@@ -53,20 +94,50 @@ class ModelConfig:
         raise ValueError(f'model.{name} is {getattr(self, name)}, wanted at least 1')
     if self.num_heads % self.num_kv_heads:
       raise ValueError(f'model.num_heads {self.num_heads} is not a multiple of model.num_kv_heads {self.num_kv_heads}')
-    if self.head_dim % 2:
+    if self.head_dim % 2 and self.rope_theta:
       raise ValueError(f'model.head_dim is {self.head_dim}; rotary embedding needs an even size')
+    if self.rope_theta < 0:
+      raise ValueError(f'model.rope_theta is {self.rope_theta}, wanted a base, or 0 for no positions')
     if self.dtype not in ('float32', 'bfloat16'):
       raise ValueError(f'model.dtype is {self.dtype!r}, wanted float32 or bfloat16')
     if self.remat not in ('none', 'full', 'dots'):
       raise ValueError(f'model.remat is {self.remat!r}, wanted none, full or dots')
     if not self.layers:
       raise ValueError('the model has no layers: head, pattern x repeats and tail are all empty')
+    mixers = [mixer for mixer, _ in self.layers]
+    if 'gdn' in mixers:
+      self._check_gdn()
+    elif self.gdn != GDN():
+      raise ValueError(f'model.gdn is set, but no layer has the mixer gdn; the layers have {sorted(set(mixers))}')
+
+  def _check_gdn(self):
+    g, sizes = self.gdn, self.gdn_sizes
+    if sizes.num_heads % sizes.num_key_heads:
+      raise ValueError(f'model.gdn.num_heads {sizes.num_heads} is not a multiple of '
+                       f'model.gdn.num_key_heads {sizes.num_key_heads}')
+    if g.variant == 'fg2' and sizes.key_dim != sizes.value_dim:
+      raise ValueError(f'model.gdn.variant fg2 has one gate for keys and values, so key_dim {sizes.key_dim} and '
+                       f'value_dim {sizes.value_dim} must be equal; fg2_plus has two')
+
+  @property
+  def gdn_sizes(self) -> 'GDNSizes':
+    """The sizes of the mixer 'gdn', none of them 0."""
+    g = self.gdn
+    heads = g.num_heads or self.num_heads
+    return GDNSizes(heads, g.num_key_heads or heads, g.key_dim or self.head_dim, g.value_dim or self.head_dim)
 
   @property
   def layers(self) -> tuple[tuple[str, str], ...]:
     """Every layer as (mixer, ffn), in the order of the model; a layer's name is its index here."""
     entries = (*self.head, *(self.pattern * self.repeats), *self.tail)
     return tuple(pair(entry, self.ffn) for entry in entries)
+
+
+class GDNSizes(NamedTuple):
+  num_heads: int
+  num_key_heads: int
+  key_dim: int
+  value_dim: int
 
 
 def pair(layer: Layer, default_ffn: str) -> tuple[str, str]:

@@ -1,4 +1,7 @@
-"""Every test runs on 8 simulated CPU devices; set before jax is imported."""
+"""Every test runs on 8 simulated CPU devices, and XLA does not try hard: tests compile much and compute little.
+
+Set before jax is imported.
+"""
 
 import os
 import sys
@@ -7,4 +10,5 @@ from pathlib import Path
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['NPROC'] = '16'               # with fewer threads than devices, collectives deadlock on small machines
 os.environ['XLA_FLAGS'] = (os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8').strip()
+os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = 'true'
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))

@@ -86,6 +86,19 @@ def test_microbatches_change_nothing(terms, microbatches):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), whole, parts)
 
 
+@pytest.mark.parametrize('microbatches', [1, 8])
+def test_what_a_term_reports_is_a_mean_whatever_its_weights_sum_to(microbatches):
+  term = dataclasses.replace(NLL, value=lambda v: (-v.given[LOGP], {'late': jnp.arange(T) * v.mask}))
+  batch = batch_of((term,))
+  mask = batch.masks['train']
+  expected = (mask * np.arange(T)).sum() / mask.sum()
+  for scale in (1, 0.01, 0):           # a constant denominator, and a batch without a trained token
+    changed = dataclasses.replace(batch, weights={'nll': scale * batch.weights['nll']})
+    metrics = gradient((term,), microbatches, changed)[1]
+    np.testing.assert_allclose(metrics['nll/late'], expected if scale else 0, rtol=1e-5)
+    assert 'nll/weight' not in metrics
+
+
 def test_sums_of_a_microbatch_would_be_another_loss():
   """The law above is not empty: with sums of every microbatch by itself the gradient differs."""
   alone = dataclasses.replace(RATIO, sums=None, value=lambda v: RATIO.value(dataclasses.replace(v, sums=RATIO.sums(v))))

@@ -1,0 +1,120 @@
+"""Comparisons: arms x seeds of launch/train.py, resumable, and the tables and plots of docs/results.md.
+
+An arm is a config and what it overrides. Every pair of arm and seed has a workdir; one that is done is not run again,
+one that was interrupted goes on.
+"""
+
+import argparse
+import concurrent.futures
+import dataclasses
+import json
+import os
+import queue
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+  name: str
+  config: str                          # as configs/mqar.py
+  overrides: tuple[str, ...] = ()      # as model.gdn.variant=kda
+
+
+def parser(description: str, workdir: str) -> argparse.ArgumentParser:
+  p = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+  p.add_argument('--workdir', type=Path, default=Path(workdir), help='folder of the runs; started again, it goes on')
+  p.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
+  p.add_argument('--arms', nargs='+', help='only these')
+  p.add_argument('--jobs', type=int, default=2, help='runs side by side, each on a core of its own')
+  p.add_argument('--only_table', action='store_true', help='of what is there')
+  return p
+
+
+def run_all(arms: Sequence[Arm], options: Any) -> None:
+  """Runs every arm with every seed, seeds first, so that early results cover all arms.
+
+  Raises:
+    RuntimeError: a run failed; its log is named.
+  """
+  cores = queue.SimpleQueue()
+  for core in sorted(os.sched_getaffinity(0))[:options.jobs]:
+    cores.put(core)
+  todo = [(arm, seed) for seed in options.seeds for arm in arms if not options.arms or arm.name in options.arms]
+  with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
+    for done in [pool.submit(run, arm, seed, options.workdir, cores) for arm, seed in todo]:
+      done.result()
+
+
+def folder(workdir: Path, arm: Arm, seed: int) -> Path:
+  return workdir / f'{arm.name}-{seed}'
+
+
+def run(arm: Arm, seed: int, workdir: Path, cores: queue.SimpleQueue) -> None:
+  """One run, in a process of its own on a core of its own."""
+  where = folder(workdir, arm, seed)
+  mark = where / 'done.json'
+  if mark.exists():
+    return
+  where.mkdir(parents=True, exist_ok=True)
+  core, start = cores.get(), time.time()
+  options = ['seed=' + str(seed), 'report=False', *arm.overrides]
+  command = [sys.executable, 'launch/train.py', '--config', arm.config, '--workdir', str(where.resolve()),
+             *(f'--config.{x}' for x in options)]
+  try:
+    with open(where / 'log.txt', 'a') as log:
+      code = subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT,
+                            preexec_fn=lambda: os.sched_setaffinity(0, [core])).returncode
+  finally:
+    cores.put(core)
+  if code:
+    raise RuntimeError(f'{arm.name} with seed {seed} ended with {code}; see {where / "log.txt"}')
+  mark.write_text(json.dumps({'seconds': time.time() - start}))
+  print(f'{arm.name} seed {seed}: {time.time() - start:.0f} s', flush=True)
+
+
+def lines(workdir: Path, arm: Arm, seed: int) -> list[dict]:
+  """The lines of a run's metrics.jsonl; none if it has not begun."""
+  path = folder(workdir, arm, seed) / 'metrics.jsonl'
+  return [json.loads(x) for x in path.read_text().splitlines()] if path.exists() else []
+
+
+def last(workdir: Path, arm: Arm, seed: int, name: str) -> float:
+  """The last value of a metric; NaN if there is none."""
+  found = [x[name] for x in lines(workdir, arm, seed) if name in x]
+  return found[-1] if found else float('nan')
+
+
+def mean_and_spread(values: Sequence[float], digits: int = 3) -> str:
+  """As '0.912 ± 0.004': mean and sample standard deviation over seeds."""
+  values = np.asarray(values, float)
+  spread = f' ± {values.std(ddof=1):.{digits}f}' if len(values) > 1 else ''
+  return f'{values.mean():.{digits}f}{spread}'
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+  """A table in Markdown."""
+  return '\n'.join('| ' + ' | '.join(row) + ' |' for row in (header, ['---'] * len(header), *rows))
+
+
+def figure(path: Path, draw, width: float = 6.0, height: float = 3.6) -> None:
+  """Saves what draw(axes) draws as an SVG."""
+  import matplotlib
+  matplotlib.use('svg')
+  matplotlib.rcParams['svg.hashsalt'] = 'nacre'          # the same plot is the same file
+  from matplotlib import pyplot
+  drawn, axes = pyplot.subplots(figsize=(width, height), layout='constrained')
+  draw(axes)
+  axes.grid(alpha=0.3)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  drawn.savefig(path, metadata={'Date': None})
+  pyplot.close(drawn)
+  path.write_text('\n'.join(x.rstrip() for x in path.read_text().splitlines()) + '\n')
