@@ -173,6 +173,7 @@ def data(kind: str) -> ConfigDict:
   c.heldout_files = ()                 # for evaluation, in place of a share
   c.text = 'text'                      # field of a JSON row: plain text
   c.tokens = 'tokens'                  # field of a JSON row: list of ids
+  c.dtype = ''                         # of .bin files, as uint16; '': a '<name>.json' beside it says
   c.messages = 'messages'              # field of a JSON row: list of {role, content}
   c.prompt = 'prompt'                  # field of a JSON row: problem
   c.response = 'response'              # field of a JSON row: demonstration, for SFT

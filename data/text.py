@@ -101,9 +101,16 @@ def _token_file(path: Path, dtype: str, vocab_size: int) -> File:
     found = File(path, path, dtype, vocab_size=vocab_size)
   else:
     raise ValueError(f'{path}: token files are {STORED}, or .jsonl files with a field of ids')
-  if np.dtype(found.dtype).kind not in 'iu':
-    raise ValueError(f'{path}: tokens of type {found.dtype}, wanted integers')
+  if not _is_integer(found.dtype):
+    raise ValueError(f'{path}: tokens of type {found.dtype}, wanted integers, as uint16')
   return found
+
+
+def _is_integer(dtype: str) -> bool:
+  try:
+    return np.dtype(dtype).kind in 'iu'
+  except TypeError:                    # no dtype at all
+    return False
 
 
 def sections(found: list[File], fraction: float, side: str) -> list[Section]:

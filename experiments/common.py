@@ -54,6 +54,28 @@ def run_all(arms: Sequence[Arm], options: Any) -> None:
       done.result()
 
 
+def count(config: str, overrides: Sequence[str]) -> int:
+  """Parameters of the model that a run with these overrides has."""
+  from launch import config as config_lib
+  from nn import model, param
+  loaded = config_lib.load(ROOT / config, [tuple(x.split('=', 1)) for x in overrides])
+  return param.count(model.specs(config_lib.model_config(loaded.model, 259)))
+
+
+def equal(config: str, kinds: dict[str, tuple[str, ...]], widths: Sequence[int]) -> list[Arm]:
+  """An arm for each kind of model {name: overrides}, with about as many parameters as the largest has at widths[0].
+
+  Args:
+    widths: of the FFN, to choose from.
+  """
+  most = max(count(config, changes) for changes in kinds.values())
+  out = []
+  for name, changes in kinds.items():
+    best = min(widths, key=lambda f: abs(count(config, (*changes, f'model.ffw_dim={f}')) - most))
+    out.append(Arm(name, config, (*changes, f'model.ffw_dim={best}')))
+  return out
+
+
 def folder(workdir: Path, arm: Arm, seed: int) -> Path:
   return workdir / f'{arm.name}-{seed}'
 

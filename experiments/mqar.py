@@ -13,7 +13,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from experiments import common  # noqa: E402
 from launch import config as config_lib  # noqa: E402
-from nn import model, param  # noqa: E402
 
 CONFIG = 'configs/mqar.py'
 MIXERS = {
@@ -22,32 +21,15 @@ MIXERS = {
 }
 
 
-def count(overrides: tuple[str, ...]) -> int:
-  """Parameters of the model that a run with these overrides has."""
-  config = config_lib.load(common.ROOT / CONFIG, [tuple(x.split('=')) for x in overrides])
-  return param.count(model.specs(config_lib.model_config(config.model, 259)))
-
-
-def arms() -> list[common.Arm]:
-  """The mixers, the largest as the config has it, the others with wider FFNs."""
-  most = max(count(changes) for changes in MIXERS.values())
-  out = []
-  for name, changes in MIXERS.items():
-    widths = range(128, 512, 2)
-    best = min(widths, key=lambda f: abs(count((*changes, f'model.ffw_dim={f}')) - most))
-    out.append(common.Arm(name, CONFIG, (*changes, f'model.ffw_dim={best}')))
-  return out
-
-
 def main() -> None:
   options = common.parser(__doc__, 'runs/mqar').parse_args()
-  chosen = arms()
+  chosen = common.equal(CONFIG, MIXERS, range(128, 512, 2))
   if not options.only_table:
     common.run_all(chosen, options)
   pairs = config_lib.load(common.ROOT / CONFIG).recall.pairs
   found = {arm.name: {n: [common.last(options.workdir, arm, s, f'eval/{n} pairs/token_accuracy') for s in options.seeds]
                       for n in pairs} for arm in chosen}
-  rows = [(arm.name, f'{count(arm.overrides):,}', *(common.mean_and_spread(found[arm.name][n]) for n in pairs))
+  rows = [(arm.name, f'{common.count(CONFIG, arm.overrides):,}', *(common.mean_and_spread(found[arm.name][n]) for n in pairs))
           for arm in chosen]
   print(common.table(('mixer', 'parameters', *(f'{n} pairs' for n in pairs)), rows))
 

@@ -1,6 +1,7 @@
 """The data of a phase, opened as its config says: examples for text phases, prompts for RL."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 from data import build, fields, mixture, recall, sources
@@ -82,14 +83,19 @@ def parts(run: Any, phase: str, length: int, d: Any, side: str) -> tuple[mixture
     raise ValueError(
         f'{phase}.data.weights has {len(weights)} numbers for {len(names)} entries of files')
 
-  def part(patterns, weight):
-    return mixture.Part(', '.join(patterns), build.examples(
+  if d.format == 'tokens':
+    options['dtype'] = d.dtype
+
+  def part(name, patterns, weight):
+    return mixture.Part(name, build.examples(
         patterns, run.tokenizer, seed=run.config.seed, cache=cache_of(run, d), heldout=share,
         side=side if share else 'train', skip_bad_rows=d.skip_bad_rows, **options), weight)
 
   if not weights:
-    return (part(names, 1.0),)         # one sequence of rows: every file by its size
-  return tuple(part((name,), weight) for name, weight in zip(names, weights))
+    return (part('rows', names, 1.0),)         # one sequence of rows: every file by its size
+  # Not by path: files may have moved when a run is resumed.
+  return tuple(part(f'{i} {Path(name).name}', (name,), weight)
+               for i, (name, weight) in enumerate(zip(names, weights)))
 
 
 def recall_parts(run: Any, length: int, side: str) -> tuple[mixture.Part, ...]:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels import attention
+from kernels import attention, fg2_gdn
 from launch import checkpoint, loop, metrics
 from launch import config as config_lib
 from launch import mesh as mesh_lib
@@ -19,6 +19,7 @@ from launch import report as report_lib
 from launch import step as step_lib
 from launch.phases import Built, Run
 from nn import param
+from nn.config import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,6 +214,7 @@ def describe(run: Run, built: list[Built], saved: dict | None) -> list[tuple[str
   if kind == 'auto':
     chosen = {attention.choose(jax.default_backend(), b.length, run.cfg.head_dim) for b in built}
     kind = f'auto: {", ".join(sorted(chosen))}'
+  linear = [('fg2_gdn', recurrence(run.cfg))] if any(m == 'gdn' for m, _ in run.cfg.layers) else []
   resumed = f', resumed at step {saved["step"]}' if saved else ''
   return [
       ('devices', f'{len(devices)} x {devices[0].device_kind}, {jax.process_count()} process(es)'),
@@ -221,9 +223,17 @@ def describe(run: Run, built: list[Built], saved: dict | None) -> list[tuple[str
                 f'compute in {run.cfg.dtype}'),
       ('bytes per device', f'{held:,} parameters + {moments:,} optimiser + {held:,} gradients'),
       ('attention', kind),
+      *linear,
       *((b.phase.name, f'steps {b.phase.first} to {b.phase.last}, up to {b.tokens:,} tokens a step')
         for b in built),
       ('workdir', f'{run.workdir}{resumed}')]
+
+
+def recurrence(cfg: ModelConfig) -> str:
+  """Which form of the delta rule runs, of which variant."""
+  g, on = cfg.gdn, jax.default_backend()
+  form = f'auto: {fg2_gdn.choose(on, cfg.dtype)}' if g.implementation == 'auto' else g.implementation
+  return f'{g.variant}, {form}, chunks of {g.chunk or fg2_gdn.CHUNK[on]} tokens'
 
 
 def opt_bytes(run: Run, built: Built) -> int:
