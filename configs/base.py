@@ -15,7 +15,7 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
-from nn.config import RULES, ModelConfig
+from nn.config import RULES, ModelConfig, MoE
 from rl.methods import METHODS
 
 # Blocks whose keys a config invents; the value's type is given here.
@@ -36,7 +36,8 @@ def get_config() -> ConfigDict:
 
   defaults = {f.name: f.default for f in dataclasses.fields(ModelConfig)}    # explained there
   c.model = ConfigDict({name: x for name, x in defaults.items()
-                        if name != 'rules' and x is not dataclasses.MISSING})
+                        if name not in ('rules', 'moe') and x is not dataclasses.MISSING})
+  c.model.moe = ConfigDict(dataclasses.asdict(MoE()))    # of layers with the FFN moe; explained there, too
   c.model.vocab_size = 0               # ids; 0: as many as the tokenizer has
   c.model.embed_dim = 128              # width D
   c.model.num_heads = 4                # query heads
