@@ -52,8 +52,8 @@ def pull(params, cfg, x, segments, routes=None):
   return jax.value_and_grad(loss, (0, 1), has_aux=True)(trainable, x)
 
 
-def dense(params: dict, cfg: ModelConfig, x: jax.Array, segments: jax.Array) -> jax.Array:
-  """The layer by its definition: every expert on every token, and a matrix of gates that is mostly zero."""
+def chosen_by_hand(params: dict, cfg: ModelConfig, x: jax.Array, segments: jax.Array) -> np.ndarray:
+  """Which experts every token goes to, by sorting: [B, T, E] bool."""
   moe, size = cfg.moe, cfg.moe.experts
   logits = np.asarray(x, np.float64) @ np.asarray(params['router'], np.float64)
   scores = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True) if moe.scores == 'softmax' else 1 / (1 + np.exp(-logits))
@@ -63,8 +63,13 @@ def dense(params: dict, cfg: ModelConfig, x: jax.Array, segments: jax.Array) -> 
   worst = np.argsort(-worth, axis=-1)[..., moe.top_groups:]
   left_out = (np.arange(size) // (size // moe.groups) == worst[..., None]).any(-2)
   experts = np.argsort(-np.where(left_out, -np.inf, ranked), axis=-1)[..., :moe.top_k]
-  chosen = (np.arange(size) == experts[..., None]).any(-2) & (np.asarray(segments) != 0)[..., None]
+  return (np.arange(size) == experts[..., None]).any(-2) & (np.asarray(segments) != 0)[..., None]
 
+
+@functools.partial(jax.jit, static_argnums=1)
+def dense(params: dict, cfg: ModelConfig, x: jax.Array, chosen: np.ndarray) -> jax.Array:
+  """The layer by its definition: every expert on every token, and a matrix of gates that is mostly zero."""
+  moe = cfg.moe
   logits = jnp.einsum('btd,de->bte', x, params['router'])
   scores = jax.nn.softmax(logits) if moe.scores == 'softmax' else jax.nn.sigmoid(logits)
   gates = jnp.where(chosen, scores, 0)
@@ -76,4 +81,4 @@ def dense(params: dict, cfg: ModelConfig, x: jax.Array, segments: jax.Array) -> 
     p = params['shared']
     z = (jax.nn.silu(x @ p['gate']) * (x @ p['up'])) @ p['down']
     y += z * jax.nn.sigmoid(x @ params['shared_gate'])[..., None] if moe.shared_gate else z
-  return y, chosen
+  return y
