@@ -79,7 +79,7 @@ def rounds(o: argparse.Namespace, arguments: list[str]) -> None:
       if not lines:
         raise SystemExit(f'{shlex.join(command)} printed no case:\n{out.stderr[-2000:]}')
       for case in lines:
-        extra = ' '.join(f'{k}={case[k]}' for k in ('batch', 'rows', 'length', 'new', 'cache') if k in case)
+        extra = ' '.join(f'{k}={case[k]}' for k in ('batch', 'rows', 'length', 'experts', 'new', 'cache') if k in case)
         found[f'{case["bench"]} {extra}'.strip()].append(case['cpu_ms']['median'])
   print(f'preset {o.preset}, {o.rounds} rounds in turn, process CPU time on one core; '
         f'{platform.machine()}, {os.cpu_count()} cores\n')

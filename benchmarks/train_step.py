@@ -1,8 +1,10 @@
-"""One optimiser step of a dense model: forward, loss, backward, AdamW.
+"""One optimiser step: forward, loss, backward, AdamW. With --experts the FFNs are mixtures of equal active width.
 
     python benchmarks/train_step.py --preset s --peer 'PYTHON hf_lm_step.py --preset s --what dense'
+    python benchmarks/train_step.py --experts 8 --peer 'PYTHON hf_lm_step.py --what moe --backends grouped_mm --experts 8'
 """
 
+import dataclasses
 import sys
 
 import common
@@ -16,10 +18,13 @@ def child(o):
   from launch import engine, optimizer
   from launch import step as step_lib
   from nn import model, param
+  from nn.config import MoE
   from nn.types import Batch
   from rl import methods
 
   cfg = common.model_config(o.preset)
+  if o.experts:
+    cfg = dataclasses.replace(cfg, ffn='moe', moe=MoE(experts=o.experts, top_k=o.topk))
   specs = model.specs(cfg)
   tx = optimizer.make(specs, name='adamw', weight_decay=0.01, clip=0.0, b1=0.9, b2=0.999, eps=1e-8)
   method = methods.build(('sft',), {})
@@ -40,11 +45,11 @@ def child(o):
     state[0], metrics = train_step(state[0], batch, np.float32(1e-4))
     losses.append(float(metrics['loss']))
 
-  common.measure('ours_train_step', call, o.reps, o.batch * o.length, batch=o.batch, length=o.length,
+  common.measure('ours_train_step', call, o.reps, o.batch * o.length, batch=o.batch, length=o.length, experts=o.experts,
                  parameters=param.count(specs))
   assert losses[-1] < losses[0], losses
 
 
 if __name__ == '__main__':
-  options = common.options(__doc__, batch=8, length=128)
+  options = common.options(__doc__, batch=8, length=128, experts=0, topk=2)
   child(options) if options.child else common.rounds(options, sys.argv[1:])

@@ -36,8 +36,9 @@ def get_config() -> ConfigDict:
 
   defaults = {f.name: f.default for f in dataclasses.fields(ModelConfig)}    # explained there
   c.model = ConfigDict({name: x for name, x in defaults.items()
-                        if name not in ('rules', 'gdn') and x is not dataclasses.MISSING})
-  c.model.gdn = ConfigDict(dataclasses.asdict(defaults['gdn']))               # the same
+                        if name not in ('rules', 'gdn', 'moe') and x is not dataclasses.MISSING})
+  for part in ('gdn', 'moe'):          # of layers with that mixer or FFN; explained there, too
+    c.model[part] = ConfigDict(dataclasses.asdict(defaults[part]))
   c.model.vocab_size = 0               # ids; 0: as many as the tokenizer has
   c.model.embed_dim = 128              # width D
   c.model.num_heads = 4                # query heads

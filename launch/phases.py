@@ -156,7 +156,8 @@ def build_step(run: Run, terms: tuple, tx: Any, shardings: Any, rows: int, micro
         f'{where}: {rows} rows of an optimiser step cannot be divided into {microbatches} '
         f'microbatches on {ways} devices; take a multiple of {ways * microbatches}')
   loss = step_lib.make_loss(engine_lib.make_forward(run.cfg), terms)
-  train_step = step_lib.make_train_step(loss, tx, run.specs, microbatches)
+  train_step = step_lib.make_train_step(
+      loss, tx, run.specs, microbatches, lambda params, load: model.after_update(params, run.cfg, load))
   return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, run.replicated))
 
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from moe import router
 from nn import param
 from nn.types import LOGP, Batch, Want
 from rl import compose, losses
@@ -33,8 +34,9 @@ def make_loss(forward: Callable, terms: tuple[Term, ...]) -> tuple[Callable, Cal
     terms: evaluated in order, on one forward pass.
 
   Returns:
-    loss: (params, batch, sums) -> (scalar, {metric: scalar}); additive over rows, so microbatches and devices add up.
-      What a term reports beside its value is a weighted sum, too; `means` divides it by the weight.
+    loss: (params, batch, sums) -> (scalar, {metric: scalar}); additive over rows, so microbatches and devices add up. A
+      model with experts also has metrics['load'], {layer index: [E] int32}, and its auxiliary losses in the sum.
+      What a term reports beside its value is a weighted sum; `means` divides it by the weight.
     sums: (params, batch) -> {term: {name: []}}, detached, also additive; None if no term asks for it. `loss` takes the
       totals over the optimiser step, or {} when its batch is all of it.
   """
@@ -59,6 +61,13 @@ def make_loss(forward: Callable, terms: tuple[Term, ...]) -> tuple[Callable, Cal
   def loss(params, batch: Batch, sums):
     scores, output = forward(params, batch, wants)
     total, done, metrics = jnp.float32(0), {}, dict(output.metrics)
+    # They are means over the tokens there are and not additive: each microbatch has them times its share of the weight.
+    share = jnp.sum(batch.weights[terms[0].name]) if output.aux_loss else 0.0
+    for name, value in output.aux_loss.items():
+      metrics[f'aux/{name}'] = share * value
+      total += share * value
+    if output.load:
+      metrics['load'] = output.load
     for term in terms:
       view = view_of(term, scores, batch, done, sums)
       if term.sums and view.sums is None:
@@ -136,7 +145,10 @@ def make_gradient(loss: tuple[Callable, Callable | None], specs: Any, microbatch
   return gradient
 
 
-def make_train_step(loss, tx: optax.GradientTransformationExtraArgs, specs: Any, microbatches: int = 1) -> Callable:
+def make_train_step(
+    loss, tx: optax.GradientTransformationExtraArgs, specs: Any, microbatches: int = 1,
+    after_update: Callable | None = None,
+) -> Callable:
   """One optimiser step, to be jitted with the state donated.
 
   Args:
@@ -144,6 +156,8 @@ def make_train_step(loss, tx: optax.GradientTransformationExtraArgs, specs: Any,
     tx: over the trainable parameters; its update takes learning_rate and use (which use of these rows) by name.
     specs: the model's table, nested dict of nn.param.Spec.
     microbatches: M; must divide the rows of a batch.
+    after_update: (params, load) -> params, what changes outside the gradient, once per accepted step: selection biases, on
+      the loads of the whole step; None: nothing does.
 
   Returns:
     train_step(state, batch, learning_rate []) -> (state, metrics). A step whose loss or gradient is not finite changes
@@ -153,14 +167,26 @@ def make_train_step(loss, tx: optax.GradientTransformationExtraArgs, specs: Any,
 
   def train_step(state: TrainState, batch: Batch, learning_rate: jax.Array):
     grads, metrics = gradient(state.params, batch)
+    load = metrics.pop('load', {})
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(norm) & jnp.isfinite(metrics['loss'])
     trainable, frozen = param.split(state.params, specs)
     updates, opt_state = tx.update(grads, state.opt_state, trainable, learning_rate=learning_rate, use=batch.use)
-    new = TrainState(state.updates + 1, optax.apply_updates(trainable, updates), opt_state)
-    old = state.replace(params=trainable)
-    kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
-    metrics |= {'grad_norm': norm, 'nonfinite': (~finite).astype(jnp.float32)}
-    return kept.replace(params=param.merge(kept.params, frozen)), metrics
+    params = param.merge(optax.apply_updates(trainable, updates), frozen)
+    if load and after_update:
+      params = after_update(params, load)
+    new = TrainState(state.updates + 1, params, opt_state)
+    kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
+    metrics |= {'grad_norm': norm, 'nonfinite': (~finite).astype(jnp.float32)} | load_metrics(load)
+    return kept, metrics
 
   return train_step
+
+
+def load_metrics(load: dict[int, jax.Array]) -> dict[str, jax.Array]:
+  """How uneven the experts of all layers are used, {layer index: [E]} -> {name: []}: the mean over layers, and the worst."""
+  layers = [router.load_metrics(one) for one in load.values()]
+  together = lambda name: jnp.stack([one[name] for one in layers])
+  return {} if not layers else {
+      'load/violation': jnp.mean(together('violation')), 'load/worst_violation': jnp.max(together('violation')),
+      'load/idle': jnp.mean(together('idle'))}

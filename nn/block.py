@@ -1,17 +1,19 @@
 """A layer: x + mixer(norm(x)), then x + ffn(norm(x)). B rows, T positions, D model width.
 
 A mixer is a module with specs, apply, init_cache, prefill, step and flops, see `nn/attention.py`; an FFN is a module with
-specs, apply and flops, see `nn/mlp.py`. A new one is one file and one entry here.
+specs, apply and flops, see `nn/mlp.py`; one that chooses also takes routes, see `moe/layer.py`. A new one is one file and
+one entry here.
 """
 
 import jax
 import jax.numpy as jnp
 
+from moe import layer as moe
 from nn import attention, cache, gdn, mlp, norm, param
 from nn.config import ModelConfig
 
 MIXERS = {'attention': attention, 'gdn': gdn}
-FFNS = {'mlp': mlp}
+FFNS = {'mlp': mlp, 'moe': moe}
 
 Names = tuple[str, str]                # of the mixer and of the FFN
 
@@ -27,10 +29,11 @@ def specs(cfg: ModelConfig, names: Names) -> dict:
 
 def apply(
     params: dict, cfg: ModelConfig, names: Names, x: jax.Array, positions: jax.Array, segments: jax.Array,
+    routes: jax.Array | None = None,
 ) -> tuple[jax.Array, dict]:
-  """[B, T, D] -> [B, T, D], and what the FFN reports."""
+  """[B, T, D] -> [B, T, D], and what the FFN reports. routes: the choice it is to repeat, see `moe/layer.py`."""
   y = MIXERS[names[0]].apply(params['mixer'], cfg, _norm(params, 'mixer', cfg, x), positions, segments)
-  return _feed_forward(params, cfg, names, x + y, segments)
+  return _feed_forward(params, cfg, names, x + y, segments, routes)
 
 
 def init_cache(cfg: ModelConfig, names: Names, num_rows: int, length: int) -> dict:
@@ -70,6 +73,8 @@ def _norm(params: dict, which: str, cfg: ModelConfig, x: jax.Array) -> jax.Array
 
 def _feed_forward(
     params: dict, cfg: ModelConfig, names: Names, x: jax.Array, segments: jax.Array,
+    routes: jax.Array | None = None,
 ) -> tuple[jax.Array, dict]:
-  y, extras = FFNS[names[1]].apply(params['ffn'], cfg, _norm(params, 'ffn', cfg, x), segments)
+  replay = () if routes is None else (routes,)
+  y, extras = FFNS[names[1]].apply(params['ffn'], cfg, _norm(params, 'ffn', cfg, x), segments, *replay)
   return param.constrain(x + y, cfg.rules, 'batch', 'time', None), extras

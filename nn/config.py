@@ -62,6 +62,46 @@ class GDN:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class MoE:
+  """The FFN 'moe', see `moe/layer.py`. Qwen3-MoE, Qwen3-Next, DeepSeek-V3 and GLM-4.5 are settings of these fields."""
+  experts: int = 8                     # E
+  top_k: int = 2                       # experts a token goes to
+  ffw_dim: int = 0                     # inner width of an expert; 0: model.ffw_dim / top_k, the dense layer's active width
+  scores: str = 'softmax'              # of the router's logits: softmax over all experts, or sigmoid of each
+  renormalise: bool = True             # the gates of a token sum to 1 before scale
+  scale: float = 1.0                   # the gates are multiplied by it
+  groups: int = 1                      # the experts lie in this many groups, side by side,
+  top_groups: int = 1                  # and a token's experts in this many of them, those whose best experts score highest
+  shared_dim: int = 0                  # inner width of what every token goes through besides; 0: nothing
+  shared_gate: bool = False            # times a sigmoid gate of its own
+  balance_loss: float = 0.0            # coefficient of the Switch loss, which is 1 for even loads
+  z_loss: float = 0.0                  # coefficient of the mean square of the router's log-normaliser
+  bias_rate: float = 0.0               # step of the selection bias towards even loads; 0: there is no bias
+  matmul: str = 'auto'                 # implementation, see kernels/grouped_matmul
+  dispatch: str = 'auto'               # each device sorts its own tokens, or 'global': the compiler splits one sort of all
+
+  def __post_init__(self):
+    for name in ('experts', 'top_k', 'groups', 'top_groups'):
+      if getattr(self, name) < 1:
+        raise ValueError(f'model.moe.{name} is {getattr(self, name)}, wanted at least 1')
+    for name in ('ffw_dim', 'shared_dim', 'balance_loss', 'z_loss', 'bias_rate'):
+      if getattr(self, name) < 0:
+        raise ValueError(f'model.moe.{name} is {getattr(self, name)}, wanted at least 0')
+    if self.scores not in ('softmax', 'sigmoid'):
+      raise ValueError(f'model.moe.scores is {self.scores!r}, wanted softmax or sigmoid')
+    if self.dispatch not in ('auto', 'global'):
+      raise ValueError(f'model.moe.dispatch is {self.dispatch!r}, wanted auto or global')
+    if self.experts % self.groups:
+      raise ValueError(f'model.moe.experts {self.experts} is not a multiple of model.moe.groups {self.groups}')
+    if self.top_groups > self.groups:
+      raise ValueError(f'model.moe.top_groups {self.top_groups} is more than model.moe.groups {self.groups}')
+    if self.top_k > (reachable := self.experts // self.groups * self.top_groups):
+      raise ValueError(f'model.moe.top_k {self.top_k} is more than the {reachable} experts a token can reach')
+    if self.shared_gate and not self.shared_dim:
+      raise ValueError('model.moe.shared_gate is set and model.moe.shared_dim is 0: there is nothing to gate')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
   """A decoder: `head` layers, then `pattern` x `repeats` under one scan, then `tail` layers."""
   vocab_size: int
@@ -74,7 +114,8 @@ class ModelConfig:
   repeats: int = 1
   head: tuple[Layer, ...] = ()
   tail: tuple[Layer, ...] = ()
-  ffn: str = 'mlp'                     # the FFN of a layer that names only its mixer
+  ffn: str = 'mlp'                     # the FFN of a layer that names only its mixer: mlp or moe
+  moe: MoE = MoE()
   max_length: int = 2048               # tokens of a row: longer rows are refused
   gdn: GDN = GDN()                     # of the mixer 'gdn'
   rope_theta: float = 10_000.0         # base of the rotary angles; 0: attention without positions
@@ -102,6 +143,9 @@ class ModelConfig:
       raise ValueError(f'model.dtype is {self.dtype!r}, wanted float32 or bfloat16')
     if self.remat not in ('none', 'full', 'dots'):
       raise ValueError(f'model.remat is {self.remat!r}, wanted none, full or dots')
+    if any(ffn == 'moe' for _, ffn in self.layers) and not self.moe.ffw_dim and self.ffw_dim % self.moe.top_k:
+      raise ValueError(f'model.ffw_dim {self.ffw_dim} is not a multiple of model.moe.top_k {self.moe.top_k}; '
+                       'give model.moe.ffw_dim')
     if not self.layers:
       raise ValueError('the model has no layers: head, pattern x repeats and tail are all empty')
     mixers = [mixer for mixer, _ in self.layers]
@@ -109,6 +153,9 @@ class ModelConfig:
       self._check_gdn()
     elif self.gdn != GDN():
       raise ValueError(f'model.gdn is set, but no layer has the mixer gdn; the layers have {sorted(set(mixers))}')
+    ffns = {ffn for _, ffn in self.layers}
+    if 'moe' not in ffns and self.moe != MoE():
+      raise ValueError(f'model.moe is set, but no layer has the FFN moe; the layers have {sorted(ffns)}')
 
   def _check_gdn(self):
     g, sizes = self.gdn, self.gdn_sizes

@@ -5,11 +5,13 @@ A stack is `head` layers, then `pattern` x `repeats` with parameters stacked ove
 """
 
 import functools
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 
 from nn import block, linear, norm, param
+from nn import cache as cache_lib
 from nn.config import ModelConfig, pair
 from nn.param import Spec
 from nn.types import Cache, Output
@@ -34,24 +36,29 @@ def init(key: jax.Array, cfg: ModelConfig) -> dict:
   return param.init(key, specs(cfg))
 
 
-def forward(params: dict, cfg: ModelConfig, tokens: jax.Array, positions: jax.Array, segments: jax.Array) -> Output:
+def forward(
+    params: dict, cfg: ModelConfig, tokens: jax.Array, positions: jax.Array, segments: jax.Array,
+    routes: Mapping[int, jax.Array] | None = None,
+) -> Output:
   """Hidden states of whole rows.
 
   Args:
     tokens, positions, segments: [B, T] int32; segments 0 is padding.
+    routes: {layer index: [B, T, top_k] int32}, experts to take again, as in Output.routes; -1: choose anew. A layer that
+      is not named chooses.
 
   Raises:
-    ValueError: rows longer than cfg.max_length.
+    ValueError: rows longer than cfg.max_length; routes of a layer that has no experts.
   """
   _check_length(cfg, tokens.shape[1])
 
   def layer(names, layer_params, x, state, at):
-    del at
-    x, extras = block.apply(layer_params, cfg, names, x, positions, segments)
+    replay = None if state is None else cache_lib.read(state, at)
+    x, extras = block.apply(layer_params, cfg, names, x, positions, segments, replay)
     return x, state, extras
 
-  no_states = _states(cfg, lambda names: None)
-  x, _, extras = _walk(params, cfg, layer, _embed(params, cfg, tokens), no_states)
+  states = _replays(cfg, routes, tokens.shape) if routes else _states(cfg, lambda names: None)
+  x, _, extras = _walk(params, cfg, layer, _embed(params, cfg, tokens), states)
   return Output(hidden=_final_norm(params, cfg, x), **_collect(extras))
 
 
@@ -135,6 +142,22 @@ def flops(cfg: ModelConfig, length: int) -> int:
   return 3 * (layers + 2 * cfg.embed_dim * cfg.vocab_size)
 
 
+def after_update(params: dict, cfg: ModelConfig, load: Mapping[int, jax.Array]) -> dict:
+  """The parameters after an optimiser step, where more than the gradient changes them: selection biases.
+
+  Args:
+    load: {layer index: [experts]}, Output.load summed over the step.
+  """
+  params, names = dict(params), dict(_by_layer(cfg))
+  for (part, name), indices in names.items():
+    if indices[0] in load:
+      totals = jnp.stack([load[i] for i in indices]) if part == 'blocks' else load[indices[0]]
+      layer = params[part][name]
+      ffn = block.FFNS[cfg.layers[indices[0]][1]].after_update(layer['ffn'], cfg, totals)
+      params[part] = params[part] | {name: layer | {'ffn': ffn}}
+  return params
+
+
 def _check_length(cfg: ModelConfig, length: int) -> None:
   if length > cfg.max_length:
     raise ValueError(f'rows of {length} tokens are longer than model.max_length, {cfg.max_length}')
@@ -163,6 +186,34 @@ def _states(cfg: ModelConfig, make) -> dict:
     period = states['blocks']
     stacked = lambda a: jnp.broadcast_to(a, (cfg.repeats, *a.shape))
     states['blocks'] = (period,) * cfg.repeats if cfg.unroll else jax.tree.map(stacked, period)
+  return states
+
+
+def _by_layer(cfg: ModelConfig) -> list[tuple[tuple[str, str], tuple[int, ...]]]:
+  """((part, position), the indices in the model of the layers that lie there) for every entry of the parameters."""
+  first, period, entries = len(cfg.head), len(cfg.pattern), []
+  for part, layers in _parts(cfg).items():
+    for i, name in enumerate(layers):
+      begin = {'head': 0, 'blocks': first, 'tail': first + period * cfg.repeats}[part] + i
+      entries.append(((part, name), tuple(begin + r * period for r in range(cfg.repeats if part == 'blocks' else 1))))
+  return entries
+
+
+def _replays(cfg: ModelConfig, routes: Mapping[int, jax.Array], shape: tuple[int, int]) -> dict:
+  """routes as `_walk` wants states; a layer under the scan that is not named chooses anew."""
+  if wrong := [i for i in routes if i not in range(len(cfg.layers)) or cfg.layers[i][1] != 'moe']:
+    raise ValueError(f'routes are given for layers {wrong}, which have no experts')
+  states = _states(cfg, lambda names: None)
+  for (part, name), indices in _by_layer(cfg):
+    if not set(indices) & routes.keys():
+      continue
+    found = [routes.get(i, jnp.full((*shape, cfg.moe.top_k), -1, jnp.int32)) for i in indices]
+    if part != 'blocks':
+      states[part][name] = found[0]
+    elif cfg.unroll:
+      states[part] = tuple(period | {name: one} for period, one in zip(states[part], found, strict=True))
+    else:
+      states[part][name] = jnp.stack(found)
   return states
 
 
@@ -230,5 +281,6 @@ def _collect(extras: list[dict]) -> dict:
   return {
       'aux_loss': add('aux_loss'),
       'routes': {i: e['routes'] for i, e in enumerate(extras) if 'routes' in e},
+      'load': {i: e['load'] for i, e in enumerate(extras) if 'load' in e},
       'metrics': {name: total / count(name) for name, total in add('metrics').items()},
   }

@@ -60,6 +60,7 @@ class Output:
   mtp_hidden: jax.Array | None = None                                     # [K, B, T, D]
   aux_loss: dict[str, jax.Array] = dataclasses.field(default_factory=dict)  # {name: []}
   routes: dict[int, jax.Array] = dataclasses.field(default_factory=dict)    # {layer index: [B, T, top_k] int32}
+  load: dict[int, jax.Array] = dataclasses.field(default_factory=dict)      # {layer index: [experts] int32}, sums
   metrics: dict[str, jax.Array] = dataclasses.field(default_factory=dict)   # {name: []}
 
 

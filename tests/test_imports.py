@@ -18,7 +18,7 @@ PROJECT = tomllib.loads((ROOT / 'pyproject.toml').read_text())
 # loads a run's config by path and reads only the defaults.
 ALLOWED = {
     'kernels': (),
-    'moe': ('kernels', 'nn.types', 'nn.param'),
+    'moe': ('kernels', 'nn.types', 'nn.param', 'nn.config', 'nn.linear'),
     'nn': ('moe', 'kernels'),
     'rl': ('nn.types', 'nn.param'),
     'data': ('nn.types',),

@@ -253,7 +253,7 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32_gradients():
 
 @pytest.mark.parametrize('changes, match', [
     (dict(pattern=('mamba',)), "unknown mixer 'mamba'; known are"),
-    (dict(ffn='moe'), "unknown FFN 'moe'; known are"),
+    (dict(ffn='mamba'), "unknown FFN 'mamba'; known are"),
 ])
 def test_unknown_layers_are_refused(changes, match):
   with pytest.raises(ValueError, match=match):

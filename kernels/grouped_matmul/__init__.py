@@ -1,0 +1,8 @@
+"""Rows sorted by group, times the matrix of their group: what mixture-of-experts layers are made of.
+
+N rows, E groups (experts), I inputs, O outputs.
+"""
+
+from kernels.grouped_matmul.dispatch import IMPLEMENTATIONS, choose, grouped_matmul
+
+__all__ = ['IMPLEMENTATIONS', 'choose', 'grouped_matmul']

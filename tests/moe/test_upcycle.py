@@ -1,0 +1,304 @@
+"""Growing experts: what is copied, what the function becomes, whom to copy, how copies part; and mixtures of dense models."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType
+
+from moe import layer, router, upcycle
+from nn import model, param, score
+from nn.config import MoE
+from nn.types import LOGP
+from tests.moe import moe_tiny as tiny
+from tests.nn import nn_tiny
+
+# A layer that stands alone and two under the scan, each with four experts.
+CFG = nn_tiny.config(head=(('attention', 'moe'),), pattern=(('attention', 'moe'),), moe=MoE(
+    experts=4, top_k=2, ffw_dim=8, bias_rate=0.01, shared_dim=6))
+LAYERS = ('head/0/ffn', 'blocks/0/ffn')
+
+
+def scale(experts=4, top_k=2, **changes):
+  """One layer by itself: config, parameters, and both as a table of one layer."""
+  cfg = tiny.config(MoE(experts=experts, top_k=top_k, ffw_dim=12, **changes))
+  return cfg, {'ffn': tiny.params(cfg)}, {'ffn': layer.specs(cfg)}
+
+
+def wider(cfg, factor, **changes):
+  return dataclasses.replace(cfg, moe=dataclasses.replace(upcycle.grown(cfg.moe, factor), **changes))
+
+
+def run(params, cfg, x):
+  return jax.jit(lambda p: layer.apply(p, cfg, x, jnp.ones(x.shape[:2], jnp.int32)))(params['ffn'])
+
+
+# ---- Shapes and counts
+
+@pytest.mark.parametrize('factor', [1, 2, 3])
+def test_originals_come_first_and_copies_are_their_sources_bit_for_bit(factor):
+  specs, params = model.specs(CFG), nn_tiny.params(CFG)
+  score_of = {LAYERS[0]: np.array([1.0, 4.0, 2.0, 3.0]), LAYERS[1]: np.array([[4.0, 3.0, 2.0, 1.0], [1.0, 2.0, 3.0, 4.0]])}
+  index = upcycle.select(specs, factor, score=score_of, cap=3)
+  grown = param.flat(upcycle.grow(params, specs, index))
+  after = param.flat(model.specs(wider(CFG, factor)))
+  assert {name: a.shape for name, a in grown.items()} == {name: s.shape for name, s in after.items()}
+  for name, a in param.flat(params).items():
+    table = param.flat(specs)[name]
+    if 'expert' not in table.axes:
+      np.testing.assert_array_equal(grown[name], a)
+      continue
+    for r, sources in enumerate(np.atleast_2d(index[upcycle.layer_of(name)])):
+      one, many = (a[r], grown[name][r]) if 'layers' in table.axes else (a, grown[name])
+      axis = table.axes.index('expert') - ('layers' in table.axes)
+      np.testing.assert_array_equal(sources[:4], range(4))
+      for i, e in enumerate(sources):
+        np.testing.assert_array_equal(np.take(many, i, axis), np.take(one, e, axis), err_msg=name)
+  if factor == 2:
+    np.testing.assert_array_equal(index[LAYERS[1]][:, 4:], [[0, 0, 0, 1], [3, 3, 3, 2]])
+
+
+def test_greedy_counts():
+  counts = np.bincount(upcycle.greedy(np.random.default_rng(0).permutation(32), 32, 3), minlength=32)
+  assert sorted(counts)[::-1][:12] == [3] * 10 + [2, 0]
+  np.testing.assert_array_equal(np.bincount(upcycle.greedy(np.arange(5), 15, 1)), 3)          # cap 1 is uniform
+  np.testing.assert_array_equal(np.bincount(upcycle.greedy(np.arange(4), 12, 2)), [2, 2, 4, 4])  # and a second time round
+  np.testing.assert_array_equal(np.bincount(upcycle.uniform(4, 12)), 3)
+
+
+def test_weighted_selection_follows_the_scores():
+  score_of = np.array([1.0, 2.0, 3.0, 2.0])
+  counts = np.bincount(upcycle.weighted(score_of, 40_000, 1.0, 0), minlength=4) / 40_000
+  np.testing.assert_allclose(counts, np.exp(score_of / 2) / np.exp(score_of / 2).sum(), atol=0.01)
+  np.testing.assert_array_equal(upcycle.weighted(score_of, 9, 1.0, 7), upcycle.weighted(score_of, 9, 1.0, 7))
+  np.testing.assert_array_equal(upcycle.weighted(score_of, 9, 0.01, 7), 2)
+
+
+def test_copies_stay_in_their_group():
+  _, _, specs = scale(experts=6, groups=2)
+  index = upcycle.select(specs, 2, score={'ffn': np.array([1.0, 2, 3, 9, 8, 7])}, cap=2, groups=2)['ffn']
+  np.testing.assert_array_equal(index, [0, 1, 2, 2, 2, 1, 3, 4, 5, 3, 3, 4])
+  np.testing.assert_array_equal(np.flatnonzero(upcycle.is_copy(index)), [3, 4, 5, 9, 10, 11])
+
+
+def test_moments_follow_the_copies():
+  specs, params = model.specs(CFG), nn_tiny.params(CFG)
+  index = upcycle.select(specs, 2)
+  moments = param.split(jax.tree.map(jnp.square, params), specs)[0]
+  after = upcycle.perturb(upcycle.grow(params, specs, index), specs, index)
+  grown = {how: upcycle.grow_moments(moments, specs, index, how, params, after) for how in upcycle.OPTIMIZERS}
+  jax.tree.map(np.testing.assert_array_equal, grown['copy'], upcycle.grow(moments, specs, index))
+  for name in ('head/0/ffn/down', 'blocks/0/ffn/router'):
+    axis = param.flat(specs)[name].axes.index('expert')
+    halves = {how: np.split(param.flat(tree)[name], 2, axis) for how, tree in grown.items()}
+    for how, share in (('copy', 1), ('reset', 0), ('scale', 0.5)):
+      np.testing.assert_array_equal(halves[how][0], halves['copy'][0])
+      np.testing.assert_allclose(halves[how][1], share * halves['copy'][0], rtol=1e-6)
+  # A copy that was moved by half its length keeps a quarter.
+  moved = param.flat(after)
+  moved['head/0/ffn/up'] = moved['head/0/ffn/up'].at[5].multiply(1.5)
+  scaled = upcycle.grow_moments(moments, specs, index, 'scale', params, param.unflat(moved))
+  ratio = scaled['head']['0']['ffn']['up'] / grown['copy']['head']['0']['ffn']['up']
+  np.testing.assert_allclose(ratio[:, 0, 0], [1, 1, 1, 1, 0.5, 0.25, 0.5, 0.5], rtol=1e-5)
+
+
+def test_counters_of_copies_begin_at_zero():
+  np.testing.assert_array_equal(upcycle.grow_load(jnp.array([5, 6, 7]), np.array([0, 1, 2, 2, 0, 2])), [5, 6, 7, 0, 0, 0])
+
+
+# ---- The function at the switch
+
+@pytest.mark.parametrize('scores, renormalise', [('softmax', True), ('softmax', False), ('sigmoid', True)])
+def test_routing_to_all_copies_is_the_source(scores, renormalise):
+  cfg, params, specs = scale(scores=scores, renormalise=renormalise, bias_rate=0.01)
+  x, _ = tiny.rows()
+  for factor in (2, 3):
+    grown = upcycle.grow(params, specs, upcycle.select(specs, factor))
+    same, _ = run(grown, wider(cfg, factor, top_k=2 * factor), x)
+    np.testing.assert_allclose(same, run(params, cfg, x)[0], atol=2e-6)
+
+
+def test_two_experts_of_doubled_ones_are_the_sources_best():
+  cfg, params, specs = scale(bias_rate=0.01)
+  x, _ = tiny.rows()
+  grown = upcycle.grow(params, specs, upcycle.select(specs, 2))
+  y, extras = run(grown, wider(cfg, 2), x)
+  best = dataclasses.replace(cfg, moe=dataclasses.replace(cfg.moe, top_k=1))
+  np.testing.assert_allclose(y, run(params, best, x)[0], atol=2e-6)
+  assert np.abs(y - run(params, cfg, x)[0]).max() > 0.1
+  np.testing.assert_array_equal(extras['routes'][..., 0] + 4, extras['routes'][..., 1])       # two, and not one twice
+  assert layer.flops(wider(cfg, 2), 1) - layer.flops(cfg, 1) == 2 * tiny.WIDTH * 4            # the router's new columns
+
+
+# ---- Noise, and what it is for
+
+@pytest.mark.parametrize('bias_rate', [0.0, 0.01])
+def test_noise_is_on_copies_only_absolute_and_of_the_seed(bias_rate):
+  cfg, params, specs = scale(bias_rate=bias_rate)
+  name = 'bias' if bias_rate else 'router'
+  if bias_rate:
+    params['ffn']['bias'] = jnp.full(4, 0.3)           # all equal: noise in proportion to their spread would be none
+  index = upcycle.select(specs, 2)
+  grown = upcycle.grow(params, specs, index)
+  table = {'ffn': layer.specs(wider(cfg, 2))}
+  noisy, again, other = (upcycle.perturb(grown, table, index, noise=1e-3, seed=s) for s in (1, 1, 2))
+  changed = {key for key in noisy['ffn'] if np.any(noisy['ffn'][key] != grown['ffn'][key])}
+  assert changed == {name}
+  np.testing.assert_array_equal(noisy['ffn'][name][..., :4], grown['ffn'][name][..., :4])
+  step = np.asarray(noisy['ffn'][name] - grown['ffn'][name])[..., 4:]
+  assert (step != 0).all()
+  size = 1e-3 if bias_rate else 0.01 * np.sqrt(np.mean(np.square(params['ffn']['router'])))
+  np.testing.assert_allclose(np.sqrt(np.mean(step**2)), size, rtol=0.7 if bias_rate else 0.3)
+  np.testing.assert_array_equal(noisy['ffn'][name], again['ffn'][name])
+  assert np.any(noisy['ffn'][name] != other['ffn'][name])
+
+
+def train(params, cfg, steps=60):
+  """Adam on a linear map of fresh tokens, with the selection bias as in a run; parameters, and the loads of the end."""
+  specs, tx = layer.specs(cfg), optax.adam(1e-2)
+  target = jnp.asarray(np.random.default_rng(5).standard_normal((tiny.WIDTH, tiny.WIDTH)), jnp.float32)
+
+  def step(carry, key):
+    params, state = carry
+    trainable, frozen = param.split(params, specs)
+    x = jax.random.normal(key, (1, 128, tiny.WIDTH))
+
+    def loss(trainable):
+      y, extras = layer.apply(param.merge(trainable, frozen), cfg, x, jnp.ones((1, 128), jnp.int32))
+      return jnp.mean(jnp.square(y - x @ target)), extras['load']
+
+    grads, load = jax.grad(loss, has_aux=True)(trainable)
+    updates, state = tx.update(grads, state)
+    params = param.merge(optax.apply_updates(trainable, updates), frozen)
+    return (layer.after_update(params, cfg, load), state), load
+
+  @jax.jit
+  def whole(params):
+    keys = jax.random.split(jax.random.key(0), steps)
+    (params, _), loads = jax.lax.scan(step, (params, tx.init(param.split(params, specs)[0])), keys)
+    return params, loads
+
+  params, loads = whole(params['ffn'])
+  return {'ffn': params}, np.asarray(loads)
+
+
+def test_copies_part_with_noise_and_never_without_and_loads_become_even():
+  cfg, params, specs = scale(bias_rate=0.01)
+  index, table = upcycle.select(specs, 2), {'ffn': layer.specs(wider(cfg, 2))}
+  grown = upcycle.grow(params, specs, index)
+  still = dataclasses.replace(cfg, moe=dataclasses.replace(upcycle.grown(cfg.moe, 2), bias_rate=0.0))
+  same, _ = train({'ffn': {k: a for k, a in grown['ffn'].items() if k != 'bias'}}, still)
+  for name in ('gate', 'up', 'down'):
+    np.testing.assert_array_equal(same['ffn'][name][:4], same['ffn'][name][4:])
+
+  noisy, loads = train(upcycle.perturb(grown, table, index), wider(cfg, 2), steps=300)
+  assert (upcycle.similarity(noisy, table, index)['ffn'][4:] < 0.99).all()
+  np.testing.assert_allclose(upcycle.similarity(grown, table, index)['ffn'], 1, rtol=1e-5)
+  # Of the last 50 steps together: everyone near K / (m E), from a start where two of eight take more than half.
+  metrics = router.load_metrics(loads[-50:].sum(0))
+  assert metrics['violation'] < 0.25 and metrics['idle'] == 0, metrics
+  assert router.load_metrics(loads[0])['violation'] > 0.5
+
+
+# ---- Whom to copy
+
+def gradients(params, cfg, rows):
+  def loss(params):
+    out = model.forward(params, cfg, rows.tokens, rows.positions, rows.segments)
+    return -jnp.mean(score.score(params, cfg, out, rows, (LOGP,))[LOGP])
+  return jax.jit(jax.grad(loss))(params)
+
+
+def test_scores_by_hand_on_any_mesh_and_in_any_order():
+  specs, params = model.specs(CFG), nn_tiny.params(CFG)
+  rows = nn_tiny.batch(nn_tiny.tokens(8, 6))
+  grads = gradients(params, CFG, rows)
+  squares = lambda tree, r, e: sum((np.asarray(tree['blocks']['0']['ffn'][n], np.float64)[r, e] ** 2).sum() for n in ('gate', 'up'))
+  second = jax.tree.map(jnp.square, grads)
+  hand = {'grad_sq': lambda w, g, v: g, 'saliency': lambda w, g, v: np.sqrt(w * g), 'weight': lambda w, g, v: np.sqrt(w),
+          'fisher': lambda w, g, v: g / (np.sqrt(v) + 1e-8)}
+  for kind, formula in hand.items():
+    found = upcycle.scores(kind, specs, params, grads, second)
+    assert {name: s.shape for name, s in found.items()} == {LAYERS[0]: (4,), LAYERS[1]: (2, 4)}
+    for r in range(2):
+      for e in range(4):
+        want = formula(*(squares(tree, r, e) for tree in (params, grads, second)))
+        np.testing.assert_allclose(found[LAYERS[1]][r, e], want, rtol=1e-5, err_msg=kind)
+  found = upcycle.scores('grad_sq', specs, params, grads)
+  with_down = upcycle.scores('grad_sq', specs, params, grads, arrays=('gate', 'up', 'down'))
+  assert all((with_down[name] > found[name]).all() for name in LAYERS)
+  np.testing.assert_allclose(upcycle.average([found, with_down])[LAYERS[0]], (found[LAYERS[0]] + with_down[LAYERS[0]]) / 2)
+
+  mesh = jax.make_mesh((2, 4), ('data', 'expert'), axis_types=(AxisType.Auto,) * 2)
+  with jax.set_mesh(mesh):
+    placed = jax.device_put(params, param.shardings(specs, mesh, dict(CFG.rules)))
+    split = upcycle.scores('grad_sq', specs, placed, gradients(placed, CFG, rows))
+  order = np.array([2, 0, 3, 1])
+  mixed = upcycle.grow(params, specs, {LAYERS[0]: order, LAYERS[1]: np.stack([order, order])})
+  moved = upcycle.scores('grad_sq', specs, mixed, gradients(mixed, CFG, rows))
+  for name in LAYERS:
+    np.testing.assert_allclose(split[name], found[name], rtol=1e-4)
+    np.testing.assert_allclose(moved[name], found[name][..., order], rtol=1e-4)
+
+
+def test_growth_of_sharded_parameters_is_growth():
+  specs, params = model.specs(CFG), nn_tiny.params(CFG)
+  index, after = upcycle.select(specs, 2), model.specs(wider(CFG, 2))
+  mesh = jax.make_mesh((2, 4), ('data', 'expert'), axis_types=(AxisType.Auto,) * 2)
+  def both(params):
+    return upcycle.perturb(upcycle.grow(params, specs, index), after, index)
+  with jax.set_mesh(mesh):
+    rules = dict(CFG.rules)
+    placed = jax.device_put(params, param.shardings(specs, mesh, rules))
+    grown = jax.jit(both, out_shardings=param.shardings(after, mesh, rules))(placed)
+  jax.tree.map(np.testing.assert_array_equal, grown, jax.jit(both)(params))
+  assert {s.data.shape[1] for s in grown['blocks']['0']['ffn']['up'].addressable_shards} == {2}
+
+
+@pytest.mark.parametrize('call, match', [
+    (lambda specs: upcycle.select(specs, 0), 'factor is 0, wanted a whole number of at least 1'),
+    (lambda specs: upcycle.select(specs, 2, allocation='fair'), "allocation is 'fair', wanted greedy or weighted"),
+    (lambda specs: upcycle.select(specs, 2, cap=0), 'cap 0 must be at least 1'),
+    (lambda specs: upcycle.select({'ffn': {}}, 2), 'no experts to copy; a dense one is made a mixture'),
+    (lambda specs: upcycle.scores('loss', specs, specs), "unknown scores 'loss'; known are grad_sq"),
+    (lambda specs: upcycle.scores('fisher', specs, specs, specs), "'fisher' need gradients and second moments"),
+    (lambda specs: upcycle.grow_moments({}, specs, {}, 'forget', {}, {}), "optimizer is 'forget', wanted one of copy"),
+])
+def test_what_cannot_be_meant_is_refused(call, match):
+  with pytest.raises(ValueError, match=match):
+    call(model.specs(CFG))
+
+
+# ---- Dense to mixture
+
+DENSE = dataclasses.replace(CFG, head=('attention',), pattern=('attention',), moe=MoE())
+
+
+def mixture(**changes):
+  return dataclasses.replace(DENSE, ffn='moe', moe=MoE(**(dict(experts=8, top_k=4, ffw_dim=24) | changes)))
+
+
+@pytest.mark.parametrize('slices', [1, 2])
+def test_a_mixture_of_a_dense_model_begins_as_that_model(slices):
+  cfg = mixture(ffw_dim=24 // slices, scale=slices, bias_rate=0.01)
+  params, rows = nn_tiny.params(DENSE), nn_tiny.batch(nn_tiny.tokens(2, 9))
+  sparse = upcycle.from_dense(params, model.specs(DENSE), model.specs(cfg), cfg.moe, jax.random.key(3), slices)
+  out = nn_tiny.forward(sparse, cfg, rows)
+  np.testing.assert_allclose(out.hidden, nn_tiny.forward(params, DENSE, rows).hidden, atol=1e-5)
+  assert len({tuple(r) for r in np.asarray(out.routes[0]).reshape(-1, 4)}) > 1         # the routers do choose
+
+
+@pytest.mark.parametrize('changes, slices, match', [
+    (dict(renormalise=False), 1, 'kept only with gates that sum to 1'),
+    (dict(ffw_dim=12), 2, 'renormalise=True, scale=2'),
+    (dict(top_k=3, scale=2.0, ffw_dim=12), 2, 'must both be multiples of 2 slices'),
+    (dict(shared_dim=4), 1, 'no shared expert'),
+    (dict(ffw_dim=10), 1, 'all but the FFNs must be alike'),
+])
+def test_mixtures_that_could_not_begin_as_the_dense_model_are_refused(changes, slices, match):
+  cfg = mixture(**changes)
+  with pytest.raises(ValueError, match=match):
+    upcycle.from_dense(nn_tiny.params(DENSE), model.specs(DENSE), model.specs(cfg), cfg.moe, jax.random.key(0), slices)
