@@ -30,6 +30,7 @@ def get_config():
   c.sft.data.format = 'chat'
   c.rl.data.format = 'problem'
   c.rl.rewards = {'exact': 'exact'}
+  c.eval.reward = ''
   return c
 '''
 TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% generation %}{{ m['content'] }}<|im_end|>"
@@ -71,4 +72,4 @@ def test_three_phases_on_a_users_files(tmp_path):
   said = io.StringIO()
   with contextlib.redirect_stdout(said):
     generate.main(['--workdir', str(workdir), '--prompt', 'one and one is', '--max_tokens', '4'])
-  assert 'one and one is' in said.getvalue()
+  assert said.getvalue().endswith('\n') and said.getvalue().strip()
