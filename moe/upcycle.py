@@ -169,6 +169,9 @@ def grown(cfg: MoE, factor: int) -> MoE:
 def grow(tree: Tree, specs: Tree, index: Mapping[str, np.ndarray]) -> Tree:
   """Every array with experts by the index, the others as they are. Exact: copies are bit-identical to their sources.
 
+  With softmax scores a selection bias stays as large while an expert's score is divided among its copies, so it weighs m
+  times as much in the choice until it has adapted; with sigmoid scores nothing changes.
+
   Args:
     tree: parameters, averages or moments of them, or the trainable part of either.
     specs: the table before growth.
@@ -203,7 +206,7 @@ def perturb(params: Tree, specs: Tree, index: Mapping[str, np.ndarray], *, noise
     spec, a = table[name], leaves[name]
     key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
     size = noise if name.endswith('bias') else router_noise * jnp.sqrt(jnp.mean(jnp.square(a)))
-    shape = [n if axis in ('layers', 'expert') else 1 for n, axis in zip(spec.shape, spec.axes)]
+    shape = [n if axis in ('layers', 'expert') else 1 for n, axis in zip(a.shape, spec.axes)]
     copies = jnp.asarray(is_copy(sources)).reshape(shape)
     leaves[name] = jnp.where(copies, a + size * jax.random.normal(key, a.shape, a.dtype), a)
   return param.unflat(leaves)
@@ -291,11 +294,12 @@ def from_dense(params: Tree, dense_specs: Tree, specs: Tree, cfg: MoE, key: jax.
     raise ValueError(f'model.moe: shared_dim {cfg.shared_dim} and groups {cfg.groups}; a mixture made of a dense model has '
                      'no shared expert and one group')
   old, table, out = param.flat(dense_specs), param.flat(specs), {}
-  leaves, fresh = param.flat(params), param.flat(param.init(key, specs))
+  small = param.unflat({name: s for name, s in table.items() if 'expert' in s.axes and not s.contract})
+  leaves, fresh = param.flat(params), param.flat(param.init(key, small))     # routers and biases
   for name, spec in table.items():
     if 'expert' not in spec.axes:
       a = leaves.get(name)
-    elif not spec.contract:            # a router or a bias
+    elif name in fresh:
       axis = spec.axes.index('expert')
       a = jnp.repeat(jnp.take(fresh[name], jnp.arange(0, cfg.experts, slices), axis=axis), slices, axis=axis)
     else:

@@ -26,10 +26,14 @@ def config(moe: MoE, **changes) -> ModelConfig:
   return ModelConfig(**(sizes | changes))
 
 
-def params(cfg: ModelConfig, seed: int = 0) -> dict:
-  """Of visible size, the selection bias included."""
+def draw(specs: dict, seed: int = 0) -> dict:
+  """Parameters of visible size, gains and selection biases included."""
   rng = np.random.default_rng(seed)
-  return jax.tree.map(lambda s: jnp.asarray(0.4 * rng.standard_normal(s.shape), jnp.float32), layer.specs(cfg))
+  return jax.tree.map(lambda s: jnp.asarray(0.4 * rng.standard_normal(s.shape) + (s.init is param.ones), jnp.float32), specs)
+
+
+def params(cfg: ModelConfig) -> dict:
+  return draw(layer.specs(cfg))
 
 
 def rows(num_rows: int = 8, length: int = 6, seed: int = 1) -> tuple[jax.Array, jax.Array]:
