@@ -143,7 +143,7 @@ def _call_chunks(setup, tokens, keep):
   out = [wide(size) for size in (key, key, value, key, CHUNK)]
   out.append(jax.ShapeDtypeStruct((*grid, key), jnp.float32))
   scratch = [_tile(setup, size) for size in (key, key, key, value, value, key, key, key)]
-  scratch += [_tile(setup, CHUNK)] * 2
+  scratch += [_tile(setup, CHUNK)] * 3
   return _call(
     functools.partial(_chunk_kernel, setup=setup, keep=keep),
     setup,
@@ -279,7 +279,7 @@ def _parts_of_decays(setup, g):
 
 def _chunk_kernel(q, k, v, gate_k, gate_v, high, low, *refs, setup, keep):
   reads, erased, written, ends, scores, decay, *inverse = refs[: 6 + keep]
-  s_q, s_k, s_b, s_x, s_gate, s_high, s_low, s_right, s_one, s_two = refs[6 + keep : -3]
+  s_q, s_k, s_b, s_x, s_gate, s_high, s_low, s_right, s_one, s_two, s_p = refs[6 + keep : -3]
   s_decay, first, second = refs[-3:]
   row, head, chunk = (lax.axis_index(x) for x in ('row', 'head', 'chunk'))
   tokens = (row, pl.ds(chunk * CHUNK, CHUNK))
@@ -325,7 +325,6 @@ def _chunk_kernel(q, k, v, gate_k, gate_v, high, low, *refs, setup, keep):
   p, strict = lax.fori_loop(0, LEVELS, level, (p, p * 0))
   plgpu.barrier_wait(second)
   s_x[...] = (_load(s_x) * _load(s_gate)).astype(setup.operand)
-  s_p = s_gate.at[:, :CHUNK]
   s_p[...] = (setup.scale * p).astype(setup.operand)
   for tile in tiles:
     start = _decays(setup, s <= t, log_decay, tile)
