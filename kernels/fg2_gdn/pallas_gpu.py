@@ -42,13 +42,12 @@ FORGET = -1e4  # exp of any sum of log-decays with this one in it is 0
 
 
 class Setup(NamedTuple):
-  """What is static: see `scan`. key_size and value_size are K and V after filling up."""
+  """What is static: see `scan`. size: K and V after filling up."""
 
   symmetric: bool
   scale: float
   group: int
-  key_size: int
-  value_size: int
+  size: int
   operand: object
   interpret: object
 
@@ -83,22 +82,19 @@ def scan(
     valid, fresh = valid[..., None, None], fresh[..., None, None]
     q, k, v = (jnp.where(valid, x, 0) for x in (q, k, v))
     g = jnp.where(fresh, FORGET, jnp.where(valid, g, 0))
-  size = [-(-x.shape[-1] // TILE) * TILE for x in (k, v)]
+  size = -(-max(k.shape[-1], v.shape[-1]) // TILE) * TILE
   operand = jnp.dtype(operand)
-  setup = Setup(symmetric, scale, value_heads // k.shape[2], *size, operand, interpret)
+  setup = Setup(symmetric, scale, value_heads // k.shape[2], size, operand, interpret)
 
-  def flat(x, like, size, dtype=operand):
+  def flat(x, like, dtype=operand):
     x = jnp.broadcast_to(x.astype(dtype), (*x.shape[:3], like.shape[-1]))
     x = jnp.pad(x, [(0, 0), (0, -length % CHUNK), (0, 0), (0, size - x.shape[-1])])
     return x.reshape(*x.shape[:2], -1)
 
-  key, value = functools.partial(flat, like=k, size=size[0]), functools.partial(
-    flat, like=v, size=size[1]
-  )
-  state = state.astype(jnp.float32)
-  rest = [(0, n - m) for n, m in zip(size, state.shape[2:])]
-  state = jnp.pad(state, [(0, 0), (0, 0), *rest])
-  tokens = key(q), key(k), value(v), key(g, dtype=jnp.float32), key(gate_k), value(gate_v)
+  tokens = flat(q, k), flat(k, k), flat(v, v), flat(g, k, jnp.float32), flat(gate_k, k)
+  tokens = (*tokens, flat(gate_v, v))
+  rest = [(0, size - n) for n in state.shape[2:]]
+  state = jnp.pad(state.astype(jnp.float32), [(0, 0), (0, 0), *rest])
   o, state = _scan(setup, *tokens, state)
   o = o.reshape(*o.shape[:2], value_heads, -1)[:, :length, :, : v.shape[-1]]
   return o.astype(v.dtype), state[:, :, : k.shape[-1], : v.shape[-1]]
@@ -123,7 +119,7 @@ def _scan_backward(setup, arrays, grads):
   d_tokens = _call_gradients(setup, tokens, inverse, states, u, d_states, d_u, d_o)
   d_q, d_k, *d_rest = d_tokens
   if setup.group > 1:
-    grouped = (*d_q.shape[:2], -1, setup.group, setup.key_size)
+    grouped = (*d_q.shape[:2], -1, setup.group, setup.size)
     d_q, d_k = (
       jnp.sum(x.reshape(grouped).astype(jnp.float32), axis=3).reshape(tokens[0].shape).astype(x.dtype)
       for x in (d_q, d_k)
@@ -137,48 +133,45 @@ _scan.defvjp(_scan_forward, _scan_backward)
 def _call_chunks(setup, tokens, keep):
   """Q e, -M (B e), M X, A f, P, e_C and if keep M, per chunk [B, Hv, N, C, ..]; e_C has no C."""
   q, k, v, g, gate_k, gate_v = tokens
-  key, value = setup.key_size, setup.value_size
   grid = _grid(setup, v)
   wide = lambda size: jax.ShapeDtypeStruct((*grid, CHUNK, size), setup.operand)
-  out = [wide(size) for size in (key, key, value, key, CHUNK)]
-  out.append(jax.ShapeDtypeStruct((*grid, key), jnp.float32))
-  scratch = [_tile(setup, size) for size in (key, key, key, value, value, key, key, key)]
-  scratch += [_tile(setup, CHUNK)] * 3
+  out = [*[wide(setup.size)] * 4, wide(CHUNK), jax.ShapeDtypeStruct((*grid, setup.size), jnp.float32)]
+  scratch = [_tile(setup, setup.size)] * 5 + [_tile(setup, CHUNK)] * 3
   return _call(
     functools.partial(_chunk_kernel, setup=setup, keep=keep),
     setup,
     grid,
     out + [wide(CHUNK)] * keep,
-    [*scratch, plgpu.SMEM((key,), jnp.float32), *_barriers(5, 2)],
+    [*scratch, plgpu.SMEM((setup.size,), jnp.float32), *_barriers(5, 2)],
   )(q, k, v, gate_k, gate_v, *_parts_of_decays(setup, g))
 
 
 def _call_states(setup, parts, state, keep):
   """O [B, T, Hv V] and the final state; if keep, S before, and U of, all chunks instead."""
   batch, heads, chunks = parts[0].shape[:3]
-  key, value = setup.key_size, setup.value_size
+  size = setup.size
   if keep:
     out = [
-      jax.ShapeDtypeStruct((batch, heads, chunks, key, value), setup.operand),
-      jax.ShapeDtypeStruct((batch, heads, chunks, CHUNK, value), setup.operand),
+      jax.ShapeDtypeStruct((batch, heads, chunks, size, size), setup.operand),
+      jax.ShapeDtypeStruct((batch, heads, chunks, CHUNK, size), setup.operand),
     ]
   else:
     out = [
-      jax.ShapeDtypeStruct((batch, chunks * CHUNK, heads * value), setup.operand),
+      jax.ShapeDtypeStruct((batch, chunks * CHUNK, heads * size), setup.operand),
       jax.ShapeDtypeStruct(state.shape, jnp.float32),
     ]
   return _call(
     functools.partial(_state_kernel, setup=setup, keep=keep, chunks=chunks),
     setup,
-    (batch, heads, value // TILE),
+    (batch, heads, size // TILE),
     out,
     [
-      *(_tile(setup, size, slots=2) for size in (key, key, TILE, key, CHUNK)),
-      plgpu.SMEM((2, key), jnp.float32),
-      _tile(setup, TILE, key),
+      *(_tile(setup, columns, slots=2) for columns in (size, size, TILE, size, CHUNK)),
+      plgpu.SMEM((2, size), jnp.float32),
+      _tile(setup, TILE, size),
       _tile(setup, TILE),
       _tile(setup, TILE),
-      _tile_32(key),
+      _tile_32(size),
       plgpu.Barrier(num_arrivals=6, num_barriers=2),
       *_barriers(1),
     ],
@@ -188,23 +181,23 @@ def _call_states(setup, parts, state, keep):
 def _call_reverse(setup, parts, d_o, d_after):
   """Gradients of S after, and of U of, all chunks [B, Hv, N, ..], and of the first state."""
   batch, heads, chunks = parts[0].shape[:3]
-  key, value = setup.key_size, setup.value_size
+  size = setup.size
   reads, erased, _, ends, scores, decay = parts
   return _call(
     functools.partial(_reverse_kernel, setup=setup, chunks=chunks),
     setup,
-    (batch, heads, value // TILE),
+    (batch, heads, size // TILE),
     [
-      jax.ShapeDtypeStruct((batch, heads, chunks, key, value), setup.operand),
-      jax.ShapeDtypeStruct((batch, heads, chunks, CHUNK, value), setup.operand),
+      jax.ShapeDtypeStruct((batch, heads, chunks, size, size), setup.operand),
+      jax.ShapeDtypeStruct((batch, heads, chunks, CHUNK, size), setup.operand),
       jax.ShapeDtypeStruct(d_after.shape, jnp.float32),
     ],
     [
-      *(_tile(setup, size, slots=2) for size in (key, key, TILE, key, CHUNK)),
-      plgpu.SMEM((2, key), jnp.float32),
-      _tile(setup, TILE, key),
+      *(_tile(setup, columns, slots=2) for columns in (size, size, TILE, size, CHUNK)),
+      plgpu.SMEM((2, size), jnp.float32),
+      _tile(setup, TILE, size),
       _tile(setup, TILE),
-      _tile_32(key),
+      _tile_32(size),
       plgpu.Barrier(num_arrivals=6, num_barriers=2),
       *_barriers(1),
     ],
@@ -215,8 +208,7 @@ def _call_gradients(setup, tokens, inverse, states, u, d_states, d_u, d_o):
   """Gradients of q, k, v, g, gate_k, gate_v as they lie; those of q and k per value head."""
   q, k, v, g, gate_k, gate_v = tokens
   like = lambda x, dtype=setup.operand: jax.ShapeDtypeStruct(x.shape, dtype)
-  value = setup.value_size
-  grid = (*_grid(setup, v), setup.key_size // TILE)
+  grid = (*_grid(setup, v), setup.size // TILE)
   return _call(
     functools.partial(_gradient_kernel, setup=setup),
     setup,
@@ -224,7 +216,7 @@ def _call_gradients(setup, tokens, inverse, states, u, d_states, d_u, d_o):
     [like(g), like(g), like(v), like(g, jnp.float32), like(g), like(v)],
     [
       *[_tile(setup, TILE)] * 5,
-      *[_tile(setup, value)] * 5,
+      *[_tile(setup, setup.size)] * 5,
       *[_tile(setup, TILE)] * 8,
       _tile_32(CHUNK),
       *_barriers(11, 2),
@@ -247,7 +239,7 @@ def _call(kernel, setup, grid, out, scratch):
 
 
 def _grid(setup, v):
-  return v.shape[0], v.shape[2] // setup.value_size, v.shape[1] // CHUNK
+  return v.shape[0], v.shape[2] // setup.size, v.shape[1] // CHUNK
 
 
 def _tile(setup, columns, rows=CHUNK, slots=None):
@@ -279,13 +271,12 @@ def _parts_of_decays(setup, g):
 
 def _chunk_kernel(q, k, v, gate_k, gate_v, high, low, *refs, setup, keep):
   reads, erased, written, ends, scores, decay, *inverse = refs[: 6 + keep]
-  s_q, s_k, s_b, s_x, s_gate, s_high, s_low, s_right, s_one, s_two, s_p = refs[6 + keep : -3]
-  s_decay, first, second = refs[-3:]
+  s_q, s_k, s_b, s_high, s_low, s_one, s_two, s_p, s_decay, first, second = refs[6 + keep :]
   row, head, chunk = (lax.axis_index(x) for x in ('row', 'head', 'chunk'))
   tokens = (row, pl.ds(chunk * CHUNK, CHUNK))
-  of_key = (*tokens, pl.ds(lax.div(head, setup.group) * setup.key_size, setup.key_size))
-  of_head = (*tokens, pl.ds(head * setup.key_size, setup.key_size))
-  of_value = (*tokens, pl.ds(head * setup.value_size, setup.value_size))
+  of_key = (*tokens, pl.ds(lax.div(head, setup.group) * setup.size, setup.size))
+  of_head = (*tokens, pl.ds(head * setup.size, setup.size))
+  of_value = (*tokens, pl.ds(head * setup.size, setup.size))
   for source, at, target in (
     (q, of_key, s_q),
     (k, of_key, s_k),
@@ -294,15 +285,13 @@ def _chunk_kernel(q, k, v, gate_k, gate_v, high, low, *refs, setup, keep):
     (low, of_head, s_low),
   ):
     plgpu.copy_gmem_to_smem(source.at[at], target, first)
-  plgpu.copy_gmem_to_smem(v.at[of_value], s_x, second)
-  plgpu.copy_gmem_to_smem(gate_v.at[of_value], s_gate, second)
   plgpu.barrier_wait(first)
 
   log_decay = (s_high, s_low)
   s_b[...] = (_load(s_b) * _load(s_k)).astype(setup.operand)
   s_a = s_b if setup.symmetric else s_k
   t, s = _square(setup)
-  tiles = [slice(i, i + TILE) for i in range(0, setup.key_size, TILE)]
+  tiles = [slice(i, i + TILE) for i in range(0, setup.size, TILE)]
   diagonal = sum(jnp.sum(_load(s_q, tile) * _load(s_a, tile), axis=1) for tile in tiles)
   p = jnp.where(t == s, _spread(diagonal, (CHUNK, CHUNK)), 0)
 
@@ -312,37 +301,38 @@ def _chunk_kernel(q, k, v, gate_k, gate_v, high, low, *refs, setup, keep):
     lower, block = _lower(setup, half), _block(t, s, half)
     for tile in tiles:
       factors = _decays(setup, _level(t, s, half), log_decay, tile)
-      s_right[:, tile] = jnp.where(lower, 0, _load(s_a, tile) * factors).astype(setup.operand)
+      s_one[...] = jnp.where(lower, 0, _load(s_a, tile) * factors).astype(setup.operand)
       plgpu.commit_smem()
       left_q, left_b = (
         jnp.where(lower, _load(x, tile) * factors, 0).astype(setup.operand) for x in (s_q, s_b)
       )
-      right = _transposed(setup, s_right.at[:, tile])
+      right = _transposed(setup, s_one)
       p += jnp.where(block, _dot(setup, (left_q, right)), 0)
       strict += jnp.where(block, _dot(setup, (left_b, right)), 0)
     return p, strict
 
   p, strict = lax.fori_loop(0, LEVELS, level, (p, p * 0))
-  plgpu.barrier_wait(second)
-  s_x[...] = (_load(s_x) * _load(s_gate)).astype(setup.operand)
   s_p[...] = (setup.scale * p).astype(setup.operand)
   for tile in tiles:
-    start = _decays(setup, s <= t, log_decay, tile)
-    s_right[:, tile] = (_load(s_b, tile) * start).astype(setup.operand)
-    s_q[:, tile] = (setup.scale * _load(s_q, tile) * start).astype(setup.operand)
-    end = _decays(setup, s > t, log_decay, tile)
+    end, start = (_decays(setup, mask, log_decay, tile) for mask in (s > t, s <= t))
     s_k[:, tile] = (_load(s_a, tile) * end).astype(setup.operand)
+    s_b[:, tile] = (_load(s_b, tile) * start).astype(setup.operand)
+    s_q[:, tile] = (setup.scale * _load(s_q, tile) * start).astype(setup.operand)
   s_decay[...] = jnp.exp2(jnp.sum(_load(s_high) + _load(s_low), axis=0))
-
+  s_x, s_gate = s_high, s_low  # which are used up
+  plgpu.copy_gmem_to_smem(v.at[of_value], s_x, second)
+  plgpu.copy_gmem_to_smem(gate_v.at[of_value], s_gate, second)
   solved = _inverse(setup, strict, t, s, s_one, s_two).astype(setup.operand)
-  minus = -_dot(setup, (solved, s_right))
-  x = _dot(setup, (solved, s_x))
-  s_right[...] = minus.astype(setup.operand)
-  s_x[...] = x.astype(setup.operand)
+  plgpu.barrier_wait(second)
+  s_x[...] = (_load(s_x) * _load(s_gate)).astype(setup.operand)
   s_one[...] = solved
   plgpu.commit_smem()
+  for source, sign in ((s_b, -1), (s_x, 1)):
+    for tile in tiles:
+      source[:, tile] = (sign * _dot(setup, (s_one, source.at[:, tile]))).astype(setup.operand)
+  plgpu.commit_smem()
   at = (row, head, chunk)
-  results = ((s_q, reads), (s_right, erased), (s_x, written), (s_k, ends), (s_p, scores))
+  results = ((s_q, reads), (s_b, erased), (s_x, written), (s_k, ends), (s_p, scores))
   for source, target in (*results, (s_decay, decay), *((s_one, x) for x in inverse)):
     plgpu.copy_smem_to_gmem(source, target.at[at])
   plgpu.wait_smem_to_gmem(0)
@@ -385,7 +375,7 @@ def _state_kernel(
       o = _dot(setup, (s_reads.at[slot], s_state), (s_scores.at[slot], s_u))
       s_o[...] = o.astype(setup.operand)
       plgpu.commit_smem()
-      lanes = pl.ds(head * setup.value_size + tile * TILE, TILE)
+      lanes = pl.ds(head * setup.size + tile * TILE, TILE)
       plgpu.copy_smem_to_gmem(s_o, out_1.at[row, pl.ds(n * CHUNK, CHUNK), lanes])
     state = state * _per_row(setup, s_decay.at[slot], state.shape)
     return state + _dot(setup, (_transposed(setup, s_ends.at[slot]), s_u))
@@ -408,7 +398,7 @@ def _reverse_kernel(
   s_reads, s_erased, s_d_o, s_ends, s_scores, s_decay = slots
   row, head, tile = (lax.axis_index(x) for x in ('row', 'head', 'chunk'))
   columns = pl.ds(tile * TILE, TILE)
-  lanes = pl.ds(head * setup.value_size + tile * TILE, TILE)
+  lanes = pl.ds(head * setup.size + tile * TILE, TILE)
 
   def fetch(i):
     n, slot = chunks - 1 - i, lax.rem(i, 2)
@@ -462,9 +452,9 @@ def _gradient_kernel(
   row, head, chunk, tile = (lax.axis_index(x) for x in ('row', 'head', 'chunk', 'tile'))
   tokens, at = (row, pl.ds(chunk * CHUNK, CHUNK)), (row, head, chunk)
   key_head = lax.div(head, setup.group)
-  of_key = (*tokens, pl.ds(key_head * setup.key_size + tile * TILE, TILE))
-  of_head = (*tokens, pl.ds(head * setup.key_size + tile * TILE, TILE))
-  of_value = (*tokens, pl.ds(head * setup.value_size, setup.value_size))
+  of_key = (*tokens, pl.ds(key_head * setup.size + tile * TILE, TILE))
+  of_head = (*tokens, pl.ds(head * setup.size + tile * TILE, TILE))
+  of_value = (*tokens, pl.ds(head * setup.size, setup.size))
   channels = (*at, pl.ds(tile * TILE, TILE))
   for source, target in (
     (q.at[of_key], s_q),
@@ -504,8 +494,8 @@ def _gradient_kernel(
   everywhere = t >= 0
   s_state[...] = through.astype(operand)
   plgpu.commit_smem()
-  ones = _zero_one(setup, everywhere, setup.value_size)
-  d_log = _decays(setup, everywhere, log_decay) * _dot(setup, (ones, _transposed(setup, s_state)))
+  ones = _zero_one(setup, everywhere, setup.size)
+  s_d_g[...] = _decays(setup, everywhere, log_decay) * _dot(setup, (ones, _transposed(setup, s_state)))
 
   @pl.when(tile == 0)
   def _():
@@ -524,18 +514,18 @@ def _gradient_kernel(
   a = b if setup.symmetric else lambda: _load(s_k)
 
   def sum_over_time(mask, term):
-    """What gradients of log-decays per row [C, 64] mean for the tokens summed over in them."""
+    """Adds what gradients of log-decays [C, 64] mean for the tokens that are summed up in them."""
     matrix = _zero_one(setup, mask, CHUNK)
     s_left_q[...] = term.astype(operand)
     s_left_b[...] = (term - term.astype(operand).astype(jnp.float32)).astype(operand)
     plgpu.commit_smem()
-    return _dot(setup, (matrix, s_left_q), (matrix, s_left_b))
+    s_d_g[...] += _dot(setup, (matrix, s_left_q), (matrix, s_left_b))
 
-  d_log += sum_over_time(t <= s, queries() * d_queries + b() * d_b)
-  d_log += sum_over_time(t > s, a() * d_a)
+  sum_over_time(t <= s, queries() * d_queries + b() * d_b)
+  sum_over_time(t > s, a() * d_a)
 
   def level(i, sums):
-    d_queries, d_b, d_a, d_log = sums
+    d_queries, d_b, d_a = sums
     half = lax.shift_left(1, i)
     factors, lower = _decays(setup, _level(t, s, half), log_decay), _lower(setup, half)
     s_left_q[...] = jnp.where(lower, queries() * factors, 0).astype(operand)
@@ -551,11 +541,10 @@ def _gradient_kernel(
     term, d_queries = term + queries() * part, d_queries + part
     part = jnp.where(lower, _dot(setup, (cut(s_d_l, block), s_right)) * factors, 0)
     term, d_b = term + b() * part, d_b + part
-    return d_queries, d_b, d_a, d_log + sum_over_time(_level(s, t, half), term)
+    sum_over_time(_level(s, t, half), term)
+    return d_queries, d_b, d_a
 
-  sums = (d_queries, d_b, d_a, d_log)
-  d_queries, d_b, d_a, d_log = lax.fori_loop(0, LEVELS, level, sums)
-  s_d_g[...] = d_log
+  d_queries, d_b, d_a = lax.fori_loop(0, LEVELS, level, (d_queries, d_b, d_a))
   diagonal = _spread(diagonal, (CHUNK, TILE))
   d_queries += diagonal * a()
   d_a += diagonal * queries()
