@@ -37,6 +37,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 CHUNK = 64  # the rows of a wgmma
 LEVELS = 6  # of halving
 TILE = 64  # channels that a kernel takes at a time, where it does not take all
+CHANNELS = 2 * TILE  # of keys and of values, at most: shared memory holds no more
 SWIZZLE = 128  # bytes
 FORGET = -1e4  # exp of any sum of log-decays with this one in it is 0
 
@@ -73,10 +74,6 @@ def scan(
   operand: float32 makes every product float32, which only the interpreter can do. interpret: the
   interpreter's parameters.
   """
-  if max(k.shape[-1], v.shape[-1]) > 2 * TILE:
-    raise ValueError(
-      f'K is {k.shape[-1]} and V {v.shape[-1]}; pallas_gpu takes at most {2 * TILE} channels'
-    )
   length, value_heads = v.shape[1:3]
   if valid is not None:
     valid, fresh = valid[..., None, None], fresh[..., None, None]
@@ -643,15 +640,19 @@ def _lower(setup, half):
 def _level(t, s, half):
   """Whether t's decay at a level spans token s: those between t and the border of its halves.
 
-  The border is before the first row of the second half; there t itself is included.
+  The border is before the first row of the second half; there t itself is included. Here and below
+  rows give bounds that columns meet, since whole matrices that no level changes, t ^ s or s <= t,
+  would be kept in registers.
   """
-  together = ((t ^ s) & -half) == 0
-  return together & (((t & half != 0) & (s <= t)) | ((t & half == 0) & (s > t)))
+  start, second = t & -half, t & half != 0
+  first, last = jnp.where(second, start, t + 1), jnp.where(second, t, start + half - 1)
+  return (s >= first) & (s <= last)
 
 
 def _block(t, s, half):
   """The lower left blocks of pairs of halves: t in a second half, s in the first before it."""
-  return (((t ^ s) & -half) == half) & (t & half != 0)
+  first = jnp.where(t & half != 0, (t & -half) - half, CHUNK)
+  return (s >= first) & (s < first + half)
 
 
 def _zero_one(setup, mask, columns):
