@@ -49,7 +49,9 @@ def main():
   p.add_argument('--implementation', default='pallas_gpu', choices=('pallas_gpu', 'chunked'))
   p.add_argument('--fla', default='', help='interpreter with torch and flash-linear-attention')
   p.add_argument('--rounds', type=int, default=5, help='times each side is run, in turn')
-  p.add_argument('--reps', type=int, default=10, help='timed calls of a round, after two that are not')
+  p.add_argument(
+    '--reps', type=int, default=10, help='timed calls of a round, after two that are not'
+  )
   p.add_argument('--json', action='store_true', help='a JSON line per kernel instead of a table')
   p.add_argument(
     '--child', choices=('compile', 'ours', 'theirs'), help='what the others run in processes'
@@ -67,7 +69,9 @@ def compiled(o):
   """Prints what the compiler says of every kernel, the worst of those of one name."""
   found = kernels(run(o, sys.executable, 'compile'))
   if not o.json:
-    print('| kernel | registers | spilling stores, bytes | shared memory, bytes |\n' + '|---' * 4 + '|')
+    print(
+      '| kernel | registers | spilling stores, bytes | shared memory, bytes |\n' + '|---' * 4 + '|'
+    )
   for name in KERNELS:
     case = found[name]
     if o.json:
@@ -175,7 +179,9 @@ def ours(o):
     raise SystemExit(f'measure needs a GPU, and jax has {jax.default_backend()} alone')
   for length in o.lengths:
     for kind, arrays in inputs(o, length).items():
-      arrays = [jnp.asarray(x, jnp.float32 if i == 3 else jnp.bfloat16) for i, x in enumerate(arrays)]
+      arrays = [
+        jnp.asarray(x, jnp.float32 if i == 3 else jnp.bfloat16) for i, x in enumerate(arrays)
+      ]
       rule = lambda *x, kind=kind: getattr(op, kind)(*x, implementation=o.implementation)[0]
       loss = lambda *x, rule=rule: jnp.mean(rule(*x).astype(jnp.float32) ** 2)
       forward = jax.jit(rule)

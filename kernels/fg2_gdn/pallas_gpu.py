@@ -118,7 +118,9 @@ def _scan_backward(setup, arrays, grads):
   if setup.group > 1:
     grouped = (*d_q.shape[:2], -1, setup.group, setup.size)
     d_q, d_k = (
-      jnp.sum(x.reshape(grouped).astype(jnp.float32), axis=3).reshape(tokens[0].shape).astype(x.dtype)
+      jnp.sum(x.reshape(grouped).astype(jnp.float32), axis=3)
+      .reshape(tokens[0].shape)
+      .astype(x.dtype)
       for x in (d_q, d_k)
     )
   return d_q, d_k, *d_rest, d_state
@@ -132,7 +134,11 @@ def _call_chunks(setup, tokens, keep):
   q, k, v, g, gate_k, gate_v = tokens
   grid = _grid(setup, v)
   wide = lambda size: jax.ShapeDtypeStruct((*grid, CHUNK, size), setup.operand)
-  out = [*[wide(setup.size)] * 4, wide(CHUNK), jax.ShapeDtypeStruct((*grid, setup.size), jnp.float32)]
+  out = [
+    *[wide(setup.size)] * 4,
+    wide(CHUNK),
+    jax.ShapeDtypeStruct((*grid, setup.size), jnp.float32),
+  ]
   scratch = [_tile(setup, setup.size)] * 5 + [_tile(setup, CHUNK)] * 3
   return _call(
     functools.partial(_chunk_kernel, setup=setup, keep=keep),
@@ -425,7 +431,9 @@ def _reverse_kernel(
     plgpu.copy_smem_to_gmem(s_d_u, d_u.at[row, head, n, :, columns])
     carry = carry * _per_row(setup, s_decay.at[slot], carry.shape)
     return carry + _dot(
-      setup, (_transposed(setup, s_reads.at[slot]), given), (_transposed(setup, s_erased.at[slot]), s_d_u)
+      setup,
+      (_transposed(setup, s_reads.at[slot]), given),
+      (_transposed(setup, s_erased.at[slot]), s_d_u),
     )
 
   fetch(jnp.int32(0))
@@ -492,7 +500,9 @@ def _gradient_kernel(
   s_state[...] = through.astype(operand)
   plgpu.commit_smem()
   ones = _zero_one(setup, everywhere, setup.size)
-  s_d_g[...] = _decays(setup, everywhere, log_decay) * _dot(setup, (ones, _transposed(setup, s_state)))
+  s_d_g[...] = _decays(setup, everywhere, log_decay) * _dot(
+    setup, (ones, _transposed(setup, s_state))
+  )
 
   @pl.when(tile == 0)
   def _():
