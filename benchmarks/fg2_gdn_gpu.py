@@ -83,14 +83,17 @@ def compiled(o):
 def kernels(log):
   """{kernel: registers, spills and shared_bytes} in what the compiler printed."""
   found = collections.defaultdict(lambda: dict(registers=0, spills=0, shared_bytes=0))
+  kernel = '(' + '|'.join(KERNELS) + ')_mosaic_gpu'
+  properties = f'properties for {kernel}_kernel\n.* frame, '
   said = (
-    ('registers', r'properties for (\w+_kernel)_mosaic\w*\n.*\n.*Used (\d+) registers'),
-    ('spills', r'properties for (\w+_kernel)_mosaic\w*\s+\d+ bytes stack frame, (\d+) bytes spill'),
-    ('shared_bytes', r'get_function\(.*@(\w+_kernel)_mosaic\w*, i32 (\d+)'),
+    ('registers', properties + r'.*\n.*Used (\d+) registers'),
+    ('spills', properties + r'(\d+) bytes spill stores'),
+    # The program that launches it: threads of a block, then what we look for.
+    ('shared_bytes', rf'define .*@{kernel}\([^!]*?launch_kernel\([^)]*i32 128, i32 1, i32 1, i32 (\d+)'),
   )
   for name, pattern in said:
-    for kernel, number in re.findall(pattern, log):
-      found[kernel][name] = max(found[kernel][name], int(number))
+    for of, number in re.findall(pattern, log):
+      found[of][name] = max(found[of][name], int(number))
   if set(found) != set(KERNELS):
     raise SystemExit(f'the compiler spoke of {sorted(found)}, not of {KERNELS}:\n{log[-2000:]}')
   return found

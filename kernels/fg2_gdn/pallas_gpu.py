@@ -133,11 +133,11 @@ def _call_chunks(setup, tokens, keep):
   """Q e, -M (B e), M X, A f, P, e_C and if keep M, per chunk [B, Hv, N, C, ..]; e_C has no C."""
   q, k, v, g, gate_k, gate_v = tokens
   grid = _grid(setup, v)
-  wide = lambda size: jax.ShapeDtypeStruct((*grid, CHUNK, size), setup.operand)
+  wide = lambda size: jax.ShapeDtypeStruct((*grid.values(), CHUNK, size), setup.operand)
   out = [
     *[wide(setup.size)] * 4,
     wide(CHUNK),
-    jax.ShapeDtypeStruct((*grid, setup.size), jnp.float32),
+    jax.ShapeDtypeStruct((*grid.values(), setup.size), jnp.float32),
   ]
   scratch = [_tile(setup, setup.size)] * 5 + [_tile(setup, CHUNK)] * 3
   return _call(
@@ -166,7 +166,7 @@ def _call_states(setup, parts, state, keep):
   return _call(
     functools.partial(_state_kernel, setup=setup, keep=keep, chunks=chunks),
     setup,
-    (batch, heads, size // TILE),
+    dict(row=batch, head=heads, tile=size // TILE),
     out,
     [
       *(_tile(setup, columns, slots=2) for columns in (size, size, TILE, size, CHUNK)),
@@ -189,7 +189,7 @@ def _call_reverse(setup, parts, d_o, d_after):
   return _call(
     functools.partial(_reverse_kernel, setup=setup, chunks=chunks),
     setup,
-    (batch, heads, size // TILE),
+    dict(row=batch, head=heads, tile=size // TILE),
     [
       jax.ShapeDtypeStruct((batch, heads, chunks, size, size), setup.operand),
       jax.ShapeDtypeStruct((batch, heads, chunks, CHUNK, size), setup.operand),
@@ -211,7 +211,7 @@ def _call_gradients(setup, tokens, inverse, states, u, d_states, d_u, d_o):
   """Gradients of q, k, v, g, gate_k, gate_v as they lie; those of q and k per value head."""
   q, k, v, g, gate_k, gate_v = tokens
   like = lambda x, dtype=setup.operand: jax.ShapeDtypeStruct(x.shape, dtype)
-  grid = (*_grid(setup, v), setup.size // TILE)
+  grid = _grid(setup, v) | dict(tile=setup.size // TILE)
   return _call(
     functools.partial(_gradient_kernel, setup=setup),
     setup,
@@ -228,13 +228,14 @@ def _call_gradients(setup, tokens, inverse, states, u, d_states, d_u, d_o):
 
 
 def _call(kernel, setup, grid, out, scratch):
+  """grid: {name: size} of its axes."""
   options = {'interpret': setup.interpret} if setup.interpret else {}
   return plgpu.kernel(
     kernel,
     out_type=out,
     scratch_types=scratch,
-    grid=grid,
-    grid_names=('row', 'head', 'chunk', 'tile')[: len(grid)],
+    grid=tuple(grid.values()),
+    grid_names=tuple(grid),
     compiler_params=plgpu.CompilerParams(approx_math=True),
     kernel_name=kernel.func.__name__.strip('_'),
     **options,
@@ -242,7 +243,7 @@ def _call(kernel, setup, grid, out, scratch):
 
 
 def _grid(setup, v):
-  return v.shape[0], v.shape[2] // setup.size, v.shape[1] // CHUNK
+  return dict(row=v.shape[0], head=v.shape[2] // setup.size, chunk=v.shape[1] // CHUNK)
 
 
 def _tile(setup, columns, rows=CHUNK, slots=None):
@@ -294,7 +295,7 @@ def _chunk_kernel(q, k, v, gate_k, gate_v, high, low, *refs, setup, keep):
   s_b[...] = (_load(s_b) * _load(s_k)).astype(setup.operand)
   s_a = s_b if setup.symmetric else s_k
   t, s = _square(setup)
-  tiles = [slice(i, i + TILE) for i in range(0, setup.size, TILE)]
+  tiles = _tiles(setup)
   diagonal = sum(jnp.sum(_load(s_q, tile) * _load(s_a, tile), axis=1) for tile in tiles)
   p = jnp.where(t == s, _spread(diagonal, (CHUNK, CHUNK)), 0)
 
@@ -327,8 +328,9 @@ def _chunk_kernel(q, k, v, gate_k, gate_v, high, low, *refs, setup, keep):
   plgpu.copy_gmem_to_smem(gate_v.at[of_value], s_gate, second)
   solved = _inverse(setup, strict, t, s, s_one, s_two).astype(setup.operand)
   plgpu.barrier_wait(second)
-  s_x[...] = (_load(s_x) * _load(s_gate)).astype(setup.operand)
   s_one[...] = solved
+  for tile in tiles:
+    s_x[:, tile] = (_load(s_x, tile) * _load(s_gate, tile)).astype(setup.operand)
   plgpu.commit_smem()
   for source, sign in ((s_b, -1), (s_x, 1)):
     for tile in tiles:
@@ -346,7 +348,7 @@ def _state_kernel(
 ):
   *slots, s_state, s_u, s_o, s_initial, ready, loaded = scratch
   s_reads, s_erased, s_written, s_ends, s_scores, s_decay = slots
-  row, head, tile = (lax.axis_index(x) for x in ('row', 'head', 'chunk'))
+  row, head, tile = (lax.axis_index(x) for x in ('row', 'head', 'tile'))
   columns = pl.ds(tile * TILE, TILE)
 
   def fetch(n):
@@ -399,7 +401,7 @@ def _reverse_kernel(
 ):
   *slots, s_carry, s_d_u, s_whole, ready, loaded = scratch
   s_reads, s_erased, s_d_o, s_ends, s_scores, s_decay = slots
-  row, head, tile = (lax.axis_index(x) for x in ('row', 'head', 'chunk'))
+  row, head, tile = (lax.axis_index(x) for x in ('row', 'head', 'tile'))
   columns = pl.ds(tile * TILE, TILE)
   lanes = pl.ds(head * setup.size + tile * TILE, TILE)
 
@@ -480,9 +482,9 @@ def _gradient_kernel(
   operand = setup.operand
   t, s = _square(setup)
   log_decay = (s_high, s_low)
-  minus = -_dot(setup, (_transposed(setup, s_inverse), s_d_x))
-  s_d_x[...] = minus.astype(operand)  # what was the gradient of U becomes minus that of X
-  through = _load(s_state) * _load(s_d_state)
+  for part in _tiles(setup):  # what was the gradient of U becomes minus that of X
+    minus = -_dot(setup, (_transposed(setup, s_inverse), s_d_x.at[:, part]))
+    s_d_x[:, part] = minus.astype(operand)
   plgpu.commit_smem()
   d_p = _dot(setup, (s_d_o, _transposed(setup, s_u)))
   diagonal = jnp.sum(jnp.where(t == s, d_p, 0), axis=1)
@@ -496,22 +498,23 @@ def _gradient_kernel(
   d_b = _dot(setup, (s_d_x, _transposed(setup, s_state))) * start
   end = _decays(setup, s > t, log_decay)
   d_a = _dot(setup, (s_u, _transposed(setup, s_d_state))) * end
-  everywhere = t >= 0
-  s_state[...] = through.astype(operand)
+  for part in _tiles(setup):
+    s_state[:, part] = (_load(s_state, part) * _load(s_d_state, part)).astype(operand)
   plgpu.commit_smem()
-  ones = _zero_one(setup, everywhere, setup.size)
-  s_d_g[...] = _decays(setup, everywhere, log_decay) * _dot(
-    setup, (ones, _transposed(setup, s_state))
-  )
+  everywhere = t >= 0
+  ones = _zero_one(setup, everywhere)
+  products = ((ones, _transposed(setup, s_state.at[:, part])) for part in _tiles(setup))
+  s_d_g[...] = _decays(setup, everywhere, log_decay) * _dot(setup, *products)
 
   @pl.when(tile == 0)
   def _():
     plgpu.copy_gmem_to_smem(v.at[of_value], s_u, second)
     plgpu.copy_gmem_to_smem(gate_v.at[of_value], s_d_o, second)
     plgpu.barrier_wait(second)
-    d_x = -_load(s_d_x)
-    s_d_x[...] = (d_x * _load(s_d_o)).astype(operand)
-    s_d_o[...] = (d_x * _load(s_u)).astype(operand)
+    for part in _tiles(setup):
+      d_x, gate = -_load(s_d_x, part), _load(s_d_o, part)
+      s_d_o[:, part] = (d_x * _load(s_u, part)).astype(operand)
+      s_d_x[:, part] = (d_x * gate).astype(operand)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(s_d_x, d_v.at[of_value])
     plgpu.copy_smem_to_gmem(s_d_o, d_gate_v.at[of_value])
@@ -522,7 +525,7 @@ def _gradient_kernel(
 
   def sum_over_time(mask, term):
     """Adds what gradients of log-decays [C, 64] mean for the tokens that are summed up in them."""
-    matrix = _zero_one(setup, mask, CHUNK)
+    matrix = _zero_one(setup, mask)
     s_left_q[...] = term.astype(operand)
     s_left_b[...] = (term - term.astype(operand).astype(jnp.float32)).astype(operand)
     plgpu.commit_smem()
@@ -592,7 +595,7 @@ def _rest(setup, x):
 
 def _decays(setup, mask, log_decay, tile=slice(0, TILE)):
   """exp of the sums over s where mask [t, s] of a tile of the log-decays: [C, 64]."""
-  matrix = _zero_one(setup, mask, CHUNK)
+  matrix = _zero_one(setup, mask)
   return jnp.exp2(_dot(setup, *((matrix, x.at[:, tile]) for x in log_decay)))
 
 
@@ -665,8 +668,9 @@ def _block(t, s, half):
   return (s >= first) & (s < first + half)
 
 
-def _zero_one(setup, mask, columns):
-  """[C, columns] operand of what is 1 where mask, which may be narrower if it is all true."""
-  if mask.shape[1] != columns:
-    mask = _iota(setup, (CHUNK, columns), 0) >= 0
+def _zero_one(setup, mask):
   return jnp.where(mask, 1.0, 0.0).astype(setup.operand)
+
+
+def _tiles(setup):
+  return [slice(i, i + TILE) for i in range(0, setup.size, TILE)]
