@@ -89,7 +89,10 @@ def kernels(log):
     ('registers', properties + r'.*\n.*Used (\d+) registers'),
     ('spills', properties + r'(\d+) bytes spill stores'),
     # The program that launches it: threads of a block, then what we look for.
-    ('shared_bytes', rf'define .*@{kernel}\([^!]*?launch_kernel\([^)]*i32 128, i32 1, i32 1, i32 (\d+)'),
+    (
+      'shared_bytes',
+      rf'define .*@{kernel}\([^!]*?launch_kernel\([^)]*i32 128, i32 1, i32 1, i32 (\d+)',
+    ),
   )
   for name, pattern in said:
     for of, number in re.findall(pattern, log):
