@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -75,6 +76,19 @@ def test_bfloat16_operands_lose_bfloat16_digits_only():
   laws.assert_close(actual, expected, 8 * 2**-8)
 
 
+def test_the_inverse_has_sixteen_bits_where_operands_have_eight(monkeypatch):
+  """Run step by step, with arrays in the place of shared memory."""
+  monkeypatch.setattr(pallas_gpu.plgpu, 'commit_smem', lambda: None)
+  setup = pallas_gpu.Setup(True, 1.0, 1, 64, jnp.dtype(jnp.bfloat16), InterpretGPUParams())
+  lower = np.tril(np.random.default_rng(0).standard_normal((64, 64)) / 4, -1).astype(np.float32)
+  scratch = [np.zeros((64, 64), jnp.bfloat16) for _ in range(2)]
+  t, s = (jnp.asarray(x) for x in np.indices((64, 64)))
+  with jax.disable_jit():
+    inverse = pallas_gpu._inverse(setup, jnp.asarray(lower), t, s, *scratch)
+  expected = np.linalg.inv(np.eye(64) + lower)
+  assert np.abs(inverse - expected).max() < 2**-14 * np.abs(expected).max()
+
+
 def test_what_the_kernels_cannot_take_is_refused(monkeypatch):
   (q, k, v, g, gate_k, gate_v, _), _ = laws.inputs(5)
   run = lambda q, v, **options: op.fg2_gdn(
@@ -114,3 +128,15 @@ def test_kernels_compile_for_h200_within_bounds():
   for case in cases:
     assert case['shared_bytes'] <= 232448, case
     assert case['spills'] is None or case['spills'] <= SPILLS[case['kernel']], case
+
+
+def test_measuring_without_a_gpu_is_refused_in_one_line():
+  out = subprocess.run(
+    [sys.executable, 'benchmarks/fg2_gdn_gpu.py', 'measure'],
+    cwd=ROOT,
+    env=os.environ | {'JAX_PLATFORMS': 'cpu'},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert (out.returncode, out.stderr) == (1, 'measure needs a GPU, and jax has cpu alone\n')
