@@ -20,8 +20,10 @@ enter as two bfloat16 parts. A level of halving takes its decays from one produc
 with them, as pallas_tpu.py explains; the matrices are made of iotas in registers. Scores, inverse,
 state and the sums of all gradients are float32 in registers.
 
-Mosaic GPU's interpreter checks the values, without the memory layouts: it has no layout casts, and
-reads a product's left operand from memory only, hence the few lines that ask for `interpret`.
+No GPU has run this yet. Mosaic GPU's interpreter checks the values and the order of copies, without
+memory layouts, casts of layouts, transposed references or products of registers: hence the few
+lines that ask for `interpret`. The compiler accepts the rest for an H200, see
+benchmarks/fg2_gdn_gpu.py.
 """
 
 import functools
@@ -525,11 +527,9 @@ def _gradient_kernel(
 
   def sum_over_time(mask, term):
     """Adds what gradients of log-decays [C, 64] mean for the tokens that are summed up in them."""
-    matrix = _zero_one(setup, mask)
     s_left_q[...] = term.astype(operand)
-    s_left_b[...] = (term - term.astype(operand).astype(jnp.float32)).astype(operand)
     plgpu.commit_smem()
-    s_d_g[...] += _dot(setup, (matrix, s_left_q), (matrix, s_left_b))
+    s_d_g[...] += _dot(setup, (_zero_one(setup, mask), s_left_q))
 
   sum_over_time(t <= s, queries() * d_queries + b() * d_b)
   sum_over_time(t > s, a() * d_a)

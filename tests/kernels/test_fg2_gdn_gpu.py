@@ -89,6 +89,15 @@ def test_the_inverse_has_sixteen_bits_where_operands_have_eight(monkeypatch):
   assert np.abs(inverse - expected).max() < 2**-14 * np.abs(expected).max()
 
 
+def test_log_decays_enter_with_sixteen_bits():
+  g = -jnp.exp(jnp.asarray(np.random.default_rng(0).standard_normal(256), jnp.float32))
+  setup = pallas_gpu.Setup(True, 1.0, 1, 64, jnp.dtype(jnp.bfloat16), None)
+  high, low = jax.jit(lambda g: pallas_gpu._parts_of_decays(setup, g))(g)
+  expected = np.asarray(g, np.float64) * np.log2(np.e)
+  both = np.asarray(high, np.float64) + np.asarray(low, np.float64)
+  np.testing.assert_allclose(both, expected, rtol=2**-16)
+
+
 def test_what_the_kernels_cannot_take_is_refused(monkeypatch):
   (q, k, v, g, gate_k, gate_v, _), _ = laws.inputs(5)
   run = lambda q, v, **options: op.fg2_gdn(
