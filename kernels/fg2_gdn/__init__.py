@@ -17,7 +17,9 @@ vectors channel by channel)
 fg2_gdn with gate_v given is FG2-GDN+ (arXiv:2604.19021), without it FG2-GDN. The step (I - a b^T)
 Diag(exp(g)) is a contraction for fg2_gdn whenever |gate_k k|^2 <= 2.
 
-Implementations: `reference` (the definition), `chunked` (XLA, every platform), `pallas_tpu`.
+Implementations: `reference` (the definition), `chunked` (XLA, every platform), `pallas_tpu`, and
+`pallas_gpu`, which auto leaves alone: its values are checked by an interpreter, its code by the
+compiler for an H200, but no GPU has run it yet.
 """
 
 import functools
@@ -26,10 +28,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels.fg2_gdn import chunked, pallas_tpu, reference, time_parallel
+from kernels.fg2_gdn import chunked, pallas_gpu, pallas_tpu, reference, time_parallel
 
-IMPLEMENTATIONS = ('reference', 'chunked', 'pallas_tpu')
-PLATFORM = {'pallas_tpu': 'tpu'}  # where an implementation runs; the others run everywhere
+IMPLEMENTATIONS = ('reference', 'chunked', 'pallas_tpu', 'pallas_gpu')
+PLATFORM = {'pallas_tpu': 'tpu', 'pallas_gpu': 'gpu'}  # where an implementation runs; the others run everywhere
 AUTO = {'cpu': 'chunked', 'gpu': 'chunked', 'tpu': 'pallas_tpu'}  # platform -> implementation
 # Tokens of a chunk by platform. CPU: the fastest of 8 to 64 at K = V = 32, 64 and 128. TPU: by
 # static bundles per token, benchmarks/fg2_gdn_tpu.py.
@@ -72,7 +74,7 @@ def fg2_gdn(
       no influence. None: a row is one segment.
     scale: what o is multiplied by; None: 1 / sqrt(K).
     chunk_size: tokens of a chunk, a power of two from 2; None: chosen by platform. The reference
-      has no chunks.
+      has no chunks; those of pallas_gpu have 64 tokens.
     implementation: auto, or one of IMPLEMENTATIONS.
     time_axis: inside shard_map, the mesh axis that T is split over, see time_parallel.py. The final
       state is then the whole row's, on every device.
@@ -228,6 +230,8 @@ def _check(q, k, v, g, gates, limit, state, segments, scale, chunk, implementati
     raise ValueError(f'chunk_size is {chunk}, wanted a power of two, at least {smallest}')
   if implementation == 'pallas_tpu' and q.dtype not in (jnp.bfloat16, jnp.float32):
     raise ValueError(f'q has dtype {q.dtype}; pallas_tpu takes bfloat16 and float32')
+  if implementation == 'pallas_gpu':
+    _check_gpu(q, v, chunk)
   dtype = jnp.promote_types(q.dtype, jnp.float32)
   shape = (batch, heads, k.shape[-1], width)
   if state is None:
@@ -260,6 +264,9 @@ def _run(implementation, on, scale, chunk, tokens, state, valid, fresh, *, symme
     return pallas_tpu.scan(
       *tokens, state, valid, fresh, symmetric=symmetric, scale=scale, chunk=chunk, heads=HEADS
     )
+
+  if implementation == 'pallas_gpu':
+    return pallas_gpu.scan(*tokens, state, valid, fresh, symmetric=symmetric, scale=scale)
 
   wanted = -(-length // chunk)
   temporary = batch * state.shape[1] * chunk * max(state.shape[2:])
@@ -297,6 +304,18 @@ def _marks(segments):
   last = jnp.pad(last[:, :-1], [(0, 0), (1, 0)], constant_values=-1)
   before = jnp.take_along_axis(segments, jnp.maximum(last, 0), axis=1)
   return valid, valid & (last >= 0) & (segments != before)
+
+
+def _check_gpu(q, v, chunk):
+  if q.dtype != jnp.bfloat16:
+    raise ValueError(f'q has dtype {q.dtype}; pallas_gpu takes bfloat16')
+  if chunk not in (None, pallas_gpu.CHUNK):
+    raise ValueError(f'chunk_size is {chunk}; pallas_gpu has chunks of {pallas_gpu.CHUNK}')
+  if max(q.shape[-1], v.shape[-1]) > pallas_gpu.CHANNELS:
+    raise ValueError(
+      f'q has {q.shape[-1]} channels and v {v.shape[-1]}; pallas_gpu takes at most '
+      f'{pallas_gpu.CHANNELS}'
+    )
 
 
 def _check_dimensions(name, x, wanted):
