@@ -37,8 +37,8 @@ AUTO = {'cpu': 'chunked', 'gpu': 'chunked', 'tpu': 'pallas_tpu'}  # platform -> 
 # static bundles per token, benchmarks/fg2_gdn_tpu.py.
 CHUNK = {'cpu': 16, 'gpu': 64, 'tpu': 64}
 HEADS = 4  # value heads of a grid step of pallas_tpu, likewise
-# Numbers in one of chunked's temporaries. On CPU one fits the L2 cache.
-BLOCK = {'cpu': 2**16, 'gpu': 2**24, 'tpu': 2**24}
+# Numbers in one of chunked's temporaries. On CPU one fits the L2 cache; elsewhere larger ones cost memory only.
+BLOCK = {'cpu': 2**16, 'gpu': 2**22, 'tpu': 2**22}
 # Tokens at least between two of the states that chunked keeps for its backward pass.
 BORDER = 64
 

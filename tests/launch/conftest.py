@@ -8,7 +8,11 @@ import pytest
 
 @pytest.fixture(scope='session')
 def compiled(tmp_path_factory):
-  return str(tmp_path_factory.mktemp('compiled'))
+  """A folder of compiled programs, of all of pytest's processes."""
+  folder = tmp_path_factory.getbasetemp()
+  folder = folder.parent if 'PYTEST_XDIST_WORKER' in os.environ else folder
+  (folder / 'compiled').mkdir(exist_ok=True)
+  return str(folder / 'compiled')
 
 
 @pytest.fixture(scope='module')
