@@ -7,7 +7,6 @@ too, with the matrices turned round; so two functions are all there is to write 
 import functools
 
 import jax
-import jax.numpy as jnp
 
 from kernels.attention import platform
 from kernels.grouped_matmul import blocks, megablox, reference, tiles
