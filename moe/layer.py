@@ -3,6 +3,7 @@
 B rows, T positions, D model width, E experts, K experts of a token, F inner width of an expert, S of the shared one.
 """
 
+import dataclasses
 import functools
 import math
 
@@ -94,6 +95,8 @@ def split_over_devices(
   """`routed` on every device's tokens and experts; its result, with the statistics of all tokens."""
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.size <= 1 or cfg.moe.dispatch == 'global':
+    if mesh.size > 1 and cfg.moe.matmul == 'auto':     # the compiler can split loops, and no kernel
+      cfg = dataclasses.replace(cfg, moe=dataclasses.replace(cfg.moe, matmul='blocks'))
     y, routes, stats = routed(params, x, segments, routes, cfg=cfg, rows=(), expert=(), ffw=())
     return y, routes, jax.tree.map(lambda a: a[0], stats)
   axes = functools.partial(param.mesh_axes, cfg.rules)

@@ -188,3 +188,30 @@ def test_pairs_stay_together_in_microbatches():
 def test_token_mean_is_formed_over_the_optimiser_step():
   mask = np.array([[1, 1, 0], [1, 0, 0]], np.float32)
   np.testing.assert_allclose(token_mean(mask).sum(), 1)
+
+
+@pytest.mark.parametrize('microbatches', [1, 2])
+def test_loads_are_those_of_the_whole_step_and_move_what_no_gradient_does_once(microbatches):
+  def with_experts(params, batch, wants):
+    scores, output = forward(params, batch, wants)
+    load = jnp.sum(batch.tokens[..., None] == jnp.arange(V), axis=(0, 1), dtype=jnp.int32)
+    return scores, output.replace(load={3: load}, aux_loss={'balance': jnp.sum(params['w']**2)})
+
+  def after_update(params, load):
+    return params | {'b': params['b'] + load[3]}
+
+  step = jax.jit(step_lib.make_train_step(
+      step_lib.make_loss(with_experts, (NLL,)), rate_given(), SPECS, microbatches, after_update))
+  state, batch = step_lib.TrainState(jnp.int32(0), PARAMS, optax.EmptyState()), batch_of((NLL,))
+  new, metrics = step(state, batch, 0.1)
+  counts = np.bincount(batch.tokens.ravel(), minlength=V)
+  np.testing.assert_allclose(new.params['b'] - PARAMS['b'], counts, rtol=1e-5)
+  np.testing.assert_allclose(metrics['load/violation'], counts.max() / counts.mean() - 1, rtol=1e-5)
+  # A mean over tokens, of which every microbatch has the share of its weight.
+  np.testing.assert_allclose(metrics['aux/balance'], np.square(PARAMS['w']).sum(), rtol=1e-5)
+  np.testing.assert_allclose(metrics['loss'], metrics['nll'] + metrics['aux/balance'], rtol=1e-5)
+
+  bad = dataclasses.replace(batch, weights={'nll': batch.weights['nll'] * np.float32(np.nan)})
+  refused, metrics = step(state, bad, 0.1)
+  assert metrics['nonfinite'] == 1
+  jax.tree.map(np.testing.assert_array_equal, refused.params, PARAMS)

@@ -11,9 +11,8 @@ import pytest
 from jax.sharding import AxisType
 
 from moe import layer, router, upcycle
-from nn import model, param, score
+from nn import model, param
 from nn.config import MoE
-from nn.types import LOGP
 from tests.moe import moe_tiny as tiny
 from tests.nn import nn_tiny
 
@@ -207,20 +206,10 @@ def test_copies_part_with_noise_and_never_without_and_loads_become_even():
 
 # ---- Whom to copy
 
-@functools.partial(jax.jit, static_argnums=1)
-def gradients(params, cfg, rows):
-  def loss(params):
-    out = model.forward(params, cfg, rows.tokens, rows.positions, rows.segments)
-    return -jnp.mean(score.score(params, cfg, out, rows, (LOGP,))[LOGP])
-  return jax.grad(loss)(params)
-
-
-def test_scores_by_hand_on_any_mesh_and_in_any_order():
-  specs, params = model.specs(CFG), tiny.draw(model.specs(CFG))
-  rows = nn_tiny.batch(nn_tiny.tokens(8, 6))
-  grads = gradients(params, CFG, rows)
+def test_scores_by_hand():
+  specs = model.specs(CFG)
+  params, grads, second = (tiny.draw(specs, seed) for seed in range(3))
   squares = lambda tree, r, e: sum((np.asarray(tree['blocks']['0']['ffn'][n], np.float64)[r, e] ** 2).sum() for n in ('gate', 'up'))
-  second = jax.tree.map(jnp.square, grads)
   hand = {'grad_sq': lambda w, g, v: g, 'saliency': lambda w, g, v: np.sqrt(w * g), 'weight': lambda w, g, v: np.sqrt(w),
           'fisher': lambda w, g, v: g / (np.sqrt(v) + 1e-8)}
   for kind, formula in hand.items():
@@ -230,21 +219,26 @@ def test_scores_by_hand_on_any_mesh_and_in_any_order():
       for e in range(4):
         want = formula(*(squares(tree, r, e) for tree in (params, grads, second)))
         np.testing.assert_allclose(found[LAYERS[1]][r, e], want, rtol=1e-5, err_msg=kind)
-  found = upcycle.scores('grad_sq', specs, params, grads)
+  found, other = (upcycle.scores('grad_sq', specs, params, tree) for tree in (grads, second))
+  np.testing.assert_allclose(upcycle.average([found, other])[LAYERS[0]], (found[LAYERS[0]] + other[LAYERS[0]]) / 2)
   with_down = upcycle.scores('grad_sq', specs, params, grads, arrays=('gate', 'up', 'down'))
-  assert all((with_down[name][found[name] > 0] > found[name][found[name] > 0]).all() for name in LAYERS)
-  np.testing.assert_allclose(upcycle.average([found, with_down])[LAYERS[0]], (found[LAYERS[0]] + with_down[LAYERS[0]]) / 2)
+  down = np.square(grads['head']['0']['ffn']['down']).sum((1, 2))
+  np.testing.assert_allclose(with_down[LAYERS[0]], found[LAYERS[0]] + down, rtol=1e-5)
 
+
+def test_scores_are_the_same_on_any_mesh_and_follow_the_experts():
+  cfg, params, specs = scale()
+  x, segments = tiny.rows()
+  gradients = lambda params: {'ffn': tiny.pull(params['ffn'], cfg, x, segments)[1][0]}
+  found = upcycle.scores('grad_sq', specs, params, gradients(params))['ffn']
   mesh = jax.make_mesh((2, 4), ('data', 'expert'), axis_types=(AxisType.Auto,) * 2)
   with jax.set_mesh(mesh):
-    placed = jax.device_put(params, param.shardings(specs, mesh, dict(CFG.rules)))
-    split = upcycle.scores('grad_sq', specs, placed, gradients(placed, CFG, rows))
+    placed = jax.device_put(params, param.shardings(specs, mesh, dict(cfg.rules)))
+    split = upcycle.scores('grad_sq', specs, placed, gradients(placed))['ffn']
+  np.testing.assert_allclose(split, found, rtol=1e-4)
   order = np.array([2, 0, 3, 1])
-  mixed = upcycle.grow(params, specs, {LAYERS[0]: order, LAYERS[1]: np.stack([order, order])})
-  moved = upcycle.scores('grad_sq', specs, mixed, gradients(mixed, CFG, rows))
-  for name in LAYERS:
-    np.testing.assert_allclose(split[name], found[name], rtol=1e-4)
-    np.testing.assert_allclose(moved[name], found[name][..., order], rtol=1e-4)
+  mixed = upcycle.grow(params, specs, {'ffn': order})
+  np.testing.assert_allclose(upcycle.scores('grad_sq', specs, mixed, gradients(mixed))['ffn'], found[order], rtol=1e-4)
 
 
 def test_growth_of_sharded_parameters_is_growth():
@@ -278,20 +272,39 @@ def test_what_cannot_be_meant_is_refused(call, match):
 # ---- Dense to mixture
 
 DENSE = dataclasses.replace(CFG, head=('attention',), pattern=('attention',), moe=MoE())
+ALONE = dataclasses.replace(DENSE, repeats=0)          # the first layer only
 
 
-def mixture(**changes):
-  return dataclasses.replace(DENSE, ffn='moe', moe=MoE(**(dict(experts=8, top_k=4, ffw_dim=24) | changes)))
+def mixture(dense, **changes):
+  return dataclasses.replace(dense, ffn='moe', moe=MoE(**(dict(experts=8, top_k=4, ffw_dim=24) | changes)))
+
+
+def from_dense(params, dense, cfg, slices):
+  return upcycle.from_dense(params, model.specs(dense), model.specs(cfg), cfg.moe, jax.random.key(3), slices)
 
 
 @pytest.mark.parametrize('slices', [1, 2])
 def test_a_mixture_of_a_dense_model_begins_as_that_model(slices):
-  cfg = mixture(ffw_dim=24 // slices, scale=slices, bias_rate=0.01)
-  params, rows = tiny.draw(model.specs(DENSE)), nn_tiny.batch(nn_tiny.tokens(2, 9))
-  sparse = upcycle.from_dense(params, model.specs(DENSE), model.specs(cfg), cfg.moe, jax.random.key(3), slices)
-  out = nn_tiny.forward(sparse, cfg, rows)
-  np.testing.assert_allclose(out.hidden, nn_tiny.forward(params, DENSE, rows).hidden, atol=1e-5)
-  assert len({tuple(r) for r in np.asarray(out.routes[0]).reshape(-1, 4)}) > 1         # the routers do choose
+  cfg = mixture(ALONE, ffw_dim=24 // slices, scale=slices, bias_rate=0.01)
+  params, rows = tiny.draw(model.specs(ALONE)), nn_tiny.batch(nn_tiny.tokens(2, 9))
+  out = nn_tiny.forward(from_dense(params, ALONE, cfg, slices), cfg, rows)
+  np.testing.assert_allclose(out.hidden, nn_tiny.forward(params, ALONE, rows).hidden, atol=1e-5)
+  assert len({tuple(r) for r in np.asarray(out.routes[0]).reshape(-1, 4)}) > 1         # the router does choose
+
+
+def test_every_expert_of_every_layer_is_a_slice_of_its_layer():
+  params = tiny.draw(model.specs(DENSE))
+  cfg = mixture(DENSE, ffw_dim=8, scale=3, experts=9, top_k=3)
+  sparse = from_dense(params, DENSE, cfg, 3)
+  for old, new in ((params['head']['0'], sparse['head']['0']), *(
+      jax.tree.map(lambda a, r=r: a[r], (params['blocks']['0'], sparse['blocks']['0'])) for r in range(2))):
+    for e in range(9):
+      mine = slice(8 * (e % 3), 8 * (e % 3) + 8)
+      np.testing.assert_array_equal(new['ffn']['up'][e], old['ffn']['up'][:, mine])
+      np.testing.assert_array_equal(new['ffn']['gate'][e], old['ffn']['gate'][:, mine])
+      np.testing.assert_array_equal(new['ffn']['down'][e], old['ffn']['down'][mine])
+      np.testing.assert_array_equal(new['ffn']['router'][:, e], new['ffn']['router'][:, e - e % 3])
+    jax.tree.map(np.testing.assert_array_equal, new['mixer'], old['mixer'])
 
 
 @pytest.mark.parametrize('changes, slices, match', [
@@ -302,6 +315,5 @@ def test_a_mixture_of_a_dense_model_begins_as_that_model(slices):
     (dict(ffw_dim=10), 1, 'all but the FFNs must be alike'),
 ])
 def test_mixtures_that_could_not_begin_as_the_dense_model_are_refused(changes, slices, match):
-  cfg = mixture(**changes)
   with pytest.raises(ValueError, match=match):
-    upcycle.from_dense(tiny.draw(model.specs(DENSE)), model.specs(DENSE), model.specs(cfg), cfg.moe, jax.random.key(0), slices)
+    from_dense(tiny.draw(model.specs(DENSE)), DENSE, mixture(DENSE, **changes), slices)
