@@ -20,7 +20,7 @@ def child(o):
   from nn.config import MoE
 
   for experts in EXPERTS:
-    cfg = common.model_config(o.preset, moe=MoE(experts=experts, top_k=o.topk))
+    cfg = common.model_config(o.preset, ffn='moe', moe=MoE(experts=experts, top_k=o.topk))
     params = param.init(jax.random.key(0), layer.specs(cfg))
     x = jax.random.normal(jax.random.key(1), (1, o.tokens, cfg.embed_dim))
     segments = jnp.ones((1, o.tokens), jnp.int32)
