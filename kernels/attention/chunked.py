@@ -60,7 +60,10 @@ def _rows(q, k, v, segments, begin):
 
 
 def long(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
-  """`short`, with online softmax (arXiv:1805.02867) over key blocks, and weights redone backward."""
+  """`short`, with online softmax (arXiv:1805.02867) over blocks of keys.
+
+  Weights are computed again backward.
+  """
   length = k.shape[2]
   pad = -length % LONG_BLOCK
 
@@ -84,7 +87,7 @@ def _blockwise(q, k, v, segments):
 
 
 def _scores(q, k, query_segments, key_segments, later):
-  """[B, G, R C, C] float32. later: the queries' block is after the keys'; else it is the same one."""
+  """[B, G, R C, C] float32. later: the queries' block is after the keys'; else it is the same."""
   size = k.shape[2]
   seen = ((later | jnp.tri(size, dtype=bool))
           & (query_segments[:, :, None] == key_segments[:, None, :]))
