@@ -152,7 +152,8 @@ def compare(o, arguments):
       f'| {statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f}) |'
     )
   print(
-    '\n| ours | compared with | aim | tokens | forward | forward + backward |\n|---|---|---|---|---|---|'
+    '\n| ours | compared with | aim | tokens | forward | forward + backward |\n'
+    '|---|---|---|---|---|---|'
   )
   for mine, other, aim in PAIRS:
     for length in o.lengths:

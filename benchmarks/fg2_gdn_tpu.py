@@ -132,8 +132,8 @@ def main():
           )
         elif case:
           print(
-            f'| {chip} | {chunk} | {heads} | {name} | {case["bundles"]} | {case["bundles_per_token"]:.1f} '
-            f'| {case["spills"]} | {case["mxu"]:.2f} |',
+            f'| {chip} | {chunk} | {heads} | {name} | {case["bundles"]} '
+            f'| {case["bundles_per_token"]:.1f} | {case["spills"]} | {case["mxu"]:.2f} |',
             flush=True,
           )
         else:

@@ -23,13 +23,15 @@ def child(o):
   params = model.init(jax.random.key(0), cfg)
   prepare = jax.jit(lambda p: model.prepare(p, cfg))
   tokens = np.random.default_rng(0).integers(4, 90, (o.batch, o.prompt)).astype(np.int32)
-  sampling = sample.Sampling(max_tokens=o.new)                      # no eos: rows run to their full length
+  sampling = sample.Sampling(max_tokens=o.new)     # no eos: rows run to their full length
   count = [0]
 
   def call():
     count[0] += 1
     keys = jax.random.split(jax.random.key(count[0]), o.batch)
-    out = sample.sample(decoder, prepare(params), tokens, np.zeros(o.batch, np.int32), keys, group=1, sampling=sampling)
+    out = sample.sample(
+        decoder, prepare(params), tokens, np.zeros(o.batch, np.int32), keys, group=1,
+        sampling=sampling)
     assert int(out.length.sum()) == o.batch * o.new
 
   common.measure('ours_generate', call, o.reps, o.batch * o.new, batch=o.batch, new=o.new)

@@ -1,6 +1,7 @@
-"""A whole GRPO step through the run's own feed: prompts, sampling, rewards, advantages, batch, update.
+"""A GRPO step through the run's own feed: prompts, sampling, rewards, advantages, batch, update.
 
-    python benchmarks/grpo_step.py --preset s --peer 'PYTHON tunix_grpo_step.py --preset s --mode grpo' \
+    python benchmarks/grpo_step.py --preset s \
+        --peer 'PYTHON tunix_grpo_step.py --preset s --mode grpo' \
         --peer 'PYTHON trl_grpo_step.py --preset s'
 
 As the peers': 4 prompts x 8 samples of exactly 64 tokens, clip 0.2, no KL, AdamW, rows used once.
@@ -40,7 +41,8 @@ def child(o):
   cfg = config_lib.model_config(config.model, tokenizer.vocab_size)
   mesh = mesh_lib.make_mesh(config.mesh.to_dict())
   with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as folder:
-    run = phases.Run(config, cfg, model.specs(cfg), mesh, tokenizer, Path(folder), jax.random.key(0))
+    run = phases.Run(
+        config, cfg, model.specs(cfg), mesh, tokenizer, Path(folder), jax.random.key(0))
     built = phases.build(run, 'rl', 0, 1000)
     params = jax.jit(lambda k: model.init(k, cfg))(jax.random.key(0))
     now = [start.fresh_state(run, built, params, 0), built.memory, 0]

@@ -103,13 +103,15 @@ def recall_parts(run: Any, length: int, side: str) -> tuple[mixture.Part, ...]:
   c, last = run.config.recall, run.cfg.vocab_size
   rows = c.rows if side == 'train' else c.heldout
   if 2 * c.symbols > last:
-    raise ValueError(f'recall.symbols {c.symbols} keys and as many values do not fit model.vocab_size {last}')
+    raise ValueError(
+        f'recall.symbols {c.symbols} keys and as many values do not fit model.vocab_size {last}')
   if not c.pairs or rows < 1:
-    raise ValueError(f'recall.pairs is {c.pairs} and there are {rows} rows of each; wanted at least 1')
+    raise ValueError(
+        f'recall.pairs is {c.pairs} and there are {rows} rows of each; wanted at least 1')
   return tuple(
       mixture.Part(f'{n} pairs', recall.Recall(
-          n, symbols=c.symbols, first_id=last - 2 * c.symbols, rows=rows, seed=run.config.seed, side=side,
-          length=length), max(c.pairs) / n)
+          n, symbols=c.symbols, first_id=last - 2 * c.symbols, rows=rows, seed=run.config.seed,
+          side=side, length=length), max(c.pairs) / n)
       for n in c.pairs)
 
 

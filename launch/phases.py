@@ -157,7 +157,8 @@ def build_step(run: Run, terms: tuple, tx: Any, shardings: Any, rows: int, micro
         f'microbatches on {ways} devices; take a multiple of {ways * microbatches}')
   loss = step_lib.make_loss(engine_lib.make_forward(run.cfg), terms)
   train_step = step_lib.make_train_step(
-      loss, tx, run.specs, microbatches, lambda params, load: model.after_update(params, run.cfg, load))
+      loss, tx, run.specs, microbatches,
+      lambda params, load: model.after_update(params, run.cfg, load))
   return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, run.replicated))
 
 
@@ -200,7 +201,8 @@ def build_text(run: Run, name: str, first: int, last: int) -> Built:
       phase=phase, tx=tx, reset_optimizer=c.reset_optimizer, state_shardings=shardings,
       memory={'reader': reader.state()}, contract=reader.contract(), check=reader.check,
       restore=lambda memory: reader.restore(memory['reader']),
-      enter=lambda params, begins: None, measures=('eval/loss', 'eval/token_accuracy') if evaluate else (),
+      enter=lambda params, begins: None,
+      measures=('eval/loss', 'eval/token_accuracy') if evaluate else (),
       tokens=c.rows * c.length, length=c.length, left_out=reader.dropped)
 
 

@@ -232,7 +232,8 @@ def describe(run: Run, built: list[Built], saved: dict | None) -> list[tuple[str
 def recurrence(cfg: ModelConfig) -> str:
   """Which form of the delta rule runs, of which variant."""
   g, on = cfg.gdn, jax.default_backend()
-  form = f'auto: {fg2_gdn.choose(on, cfg.dtype)}' if g.implementation == 'auto' else g.implementation
+  form = (f'auto: {fg2_gdn.choose(on, cfg.dtype)}' if g.implementation == 'auto'
+          else g.implementation)
   return f'{g.variant}, {form}, chunks of {g.chunk or fg2_gdn.CHUNK[on]} tokens'
 
 

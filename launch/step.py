@@ -1,6 +1,7 @@
 """The loss and the train step: one pair for pretraining, SFT, preference learning and RL.
 
-n rows of one optimiser step, T positions, M microbatches. A term is known here only as a function of a View.
+n rows of one optimiser step, T positions, M microbatches. A term is known here only as a function
+of a View.
 """
 
 from collections.abc import Callable
@@ -20,7 +21,10 @@ from rl.types import OLD, Term, View, label
 
 @flax.struct.dataclass
 class TrainState:
-  """Everything on the devices that a run must keep. What stages and readers remember lives beside it, on the host."""
+  """Everything on the devices that a run must keep.
+
+  What stages and readers remember lives beside it, on the host.
+  """
   updates: jax.Array                   # [] int32, accepted optimiser steps
   params: Any
   opt_state: Any
@@ -34,34 +38,39 @@ def make_loss(forward: Callable, terms: tuple[Term, ...]) -> tuple[Callable, Cal
     terms: evaluated in order, on one forward pass.
 
   Returns:
-    loss: (params, batch, sums) -> (scalar, {metric: scalar}); additive over rows, so microbatches and devices add up. A
-      model with experts also has metrics['load'], {layer index: [E] int32}, and its auxiliary losses in the sum.
-      What a term reports beside its value is a weighted sum; `means` divides it by the weight.
-    sums: (params, batch) -> {term: {name: []}}, detached, also additive; None if no term asks for it. `loss` takes the
-      totals over the optimiser step, or {} when its batch is all of it.
+    loss: (params, batch, sums) -> (scalar, {metric: scalar}); additive over rows, so microbatches
+      and devices add up. A model with experts also has metrics['load'], {layer index: [E] int32},
+      and its auxiliary losses in the sum. What a term reports beside its value is a weighted sum;
+      `means` divides it by the weight.
+    sums: (params, batch) -> {term: {name: []}}, detached, also additive; None if no term asks for
+      it. `loss` takes the totals over the optimiser step, or {} when its batch is all of it.
   """
   wants = compose.wants(terms)
   summed = {t.name for t in terms if t.sums}
   for term in terms:
     if term.sums and summed & set(term.after):
-      raise ValueError(f'term {term.name!r} forms sums over values of {sorted(summed & set(term.after))}, which need '
-                       'sums themselves; one pass over the microbatches cannot give both')
+      raise ValueError(
+          f'term {term.name!r} forms sums over values of {sorted(summed & set(term.after))}, which '
+          'need sums themselves; one pass over the microbatches cannot give both')
 
   def view_of(term, scores, batch, done, sums):
     given = {n: read(n, scores, batch) for n in term.needs}
-    return View(given, batch, batch.masks[term.mask], {name: done[name] for name in term.after}, sums.get(term.name))
+    return View(given, batch, batch.masks[term.mask], {name: done[name] for name in term.after},
+                sums.get(term.name))
 
   def read(need, scores, batch):
     if isinstance(need, Want):
       return scores[need]
-    if need == OLD and label(OLD) not in batch.data:       # the one step that is taken with the weights of collect
+    # The one step that is taken with the weights of collect.
+    if need == OLD and label(OLD) not in batch.data:
       return jax.lax.stop_gradient(scores[LOGP])
     return batch.data[label(need)]
 
   def loss(params, batch: Batch, sums):
     scores, output = forward(params, batch, wants)
     total, done, metrics = jnp.float32(0), {}, dict(output.metrics)
-    # They are means over the tokens there are and not additive: each microbatch has them times its share of the weight.
+    # They are means over the tokens there are and not additive: each microbatch has them times its
+    # share of the weight.
     share = jnp.sum(batch.weights[terms[0].name]) if output.aux_loss else 0.0
     for name, value in output.aux_loss.items():
       metrics[f'aux/{name}'] = share * value
@@ -71,7 +80,8 @@ def make_loss(forward: Callable, terms: tuple[Term, ...]) -> tuple[Callable, Cal
     for term in terms:
       view = view_of(term, scores, batch, done, sums)
       if term.sums and view.sums is None:
-        view = view_of(term, scores, batch, done, {term.name: jax.lax.stop_gradient(term.sums(view))})
+        view = view_of(
+            term, scores, batch, done, {term.name: jax.lax.stop_gradient(term.sums(view))})
       value, extra = term.value(view)
       done[term.name] = jax.lax.stop_gradient(value)
       weight = batch.weights[term.name]
@@ -97,18 +107,26 @@ def make_loss(forward: Callable, terms: tuple[Term, ...]) -> tuple[Callable, Cal
 
 
 def means(metrics: dict[str, jax.Array]) -> dict[str, jax.Array]:
-  """What terms report as weighted means, of a whole optimiser step's metrics: weights need not sum to 1."""
-  weights = {name.removesuffix('weight'): x for name, x in metrics.items() if name.endswith('/weight')}
+  """What terms report as weighted means, of a whole optimiser step's metrics.
+
+  Weights need not sum to 1.
+  """
+  weights = {name.removesuffix('weight'): x
+             for name, x in metrics.items() if name.endswith('/weight')}
   out = {}
   for name, x in metrics.items():
     prefix = name[:name.rfind('/') + 1]
     if name not in (f'{p}weight' for p in weights):
-      out[name] = x / jnp.where(weights[prefix] == 0, 1, weights[prefix]) if prefix in weights else x
+      out[name] = (x / jnp.where(weights[prefix] == 0, 1, weights[prefix])
+                   if prefix in weights else x)
   return out
 
 
 def split(batch: Batch, microbatches: int) -> Batch:
-  """Row i goes to microbatch i % M, on the device where it is; scalars go to all: leaves [n, ...] -> [M, n / M, ...]."""
+  """Row i goes to microbatch i % M, on the device where it is; scalars go to all.
+
+  Leaves [n, ...] -> [M, n / M, ...].
+  """
   def one(x):
     if x.ndim == 0:
       return jnp.broadcast_to(x, (microbatches,))
@@ -126,8 +144,10 @@ def total(f: Callable, batch: Batch, microbatches: int) -> Any:
   return jax.lax.scan(lambda acc, part: (jax.tree.map(jnp.add, acc, f(part)), None), zero, parts)[0]
 
 
-def make_gradient(loss: tuple[Callable, Callable | None], specs: Any, microbatches: int = 1) -> Callable:
-  """(params, batch) -> (gradient of the trainable parameters, {metric: scalar}) of one optimiser step."""
+def make_gradient(
+    loss: tuple[Callable, Callable | None], specs: Any, microbatches: int = 1,
+) -> Callable:
+  """(params, batch) -> (gradient of trainable parameters, {metric: scalar}) of one step."""
   value, sums = loss
 
   def gradient(params, batch: Batch):
@@ -137,7 +157,8 @@ def make_gradient(loss: tuple[Callable, Callable | None], specs: Any, microbatch
       totals = total(lambda part: sums(params, part), batch, microbatches)
 
     def one(part):
-      return jax.grad(lambda t: value(param.merge(t, frozen), part, totals), has_aux=True)(trainable)
+      return jax.grad(
+          lambda t: value(param.merge(t, frozen), part, totals), has_aux=True)(trainable)
 
     grads, metrics = total(one, batch, microbatches)
     return grads, means(metrics)
@@ -153,15 +174,16 @@ def make_train_step(
 
   Args:
     loss: what `make_loss` returns.
-    tx: over the trainable parameters; its update takes learning_rate and use (which use of these rows) by name.
+    tx: over the trainable parameters; its update takes learning_rate and use (which use of these
+      rows) by name.
     specs: the model's table, nested dict of nn.param.Spec.
     microbatches: M; must divide the rows of a batch.
-    after_update: (params, load) -> params, what changes outside the gradient, once per accepted step: selection biases, on
-      the loads of the whole step; None: nothing does.
+    after_update: (params, load) -> params, what changes outside the gradient, once per accepted
+      step: selection biases, on the loads of the whole step; None: nothing does.
 
   Returns:
-    train_step(state, batch, learning_rate []) -> (state, metrics). A step whose loss or gradient is not finite changes
-    nothing and says so in metrics['nonfinite'].
+    train_step(state, batch, learning_rate []) -> (state, metrics). A step whose loss or gradient is
+    not finite changes nothing and says so in metrics['nonfinite'].
   """
   gradient = make_gradient(loss, specs, microbatches)
 
@@ -171,7 +193,8 @@ def make_train_step(
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(norm) & jnp.isfinite(metrics['loss'])
     trainable, frozen = param.split(state.params, specs)
-    updates, opt_state = tx.update(grads, state.opt_state, trainable, learning_rate=learning_rate, use=batch.use)
+    updates, opt_state = tx.update(
+        grads, state.opt_state, trainable, learning_rate=learning_rate, use=batch.use)
     params = param.merge(optax.apply_updates(trainable, updates), frozen)
     if load and after_update:
       params = after_update(params, load)
@@ -184,9 +207,13 @@ def make_train_step(
 
 
 def load_metrics(load: dict[int, jax.Array]) -> dict[str, jax.Array]:
-  """How uneven the experts of all layers are used, {layer index: [E]} -> {name: []}: the mean over layers, and the worst."""
+  """How uneven the experts of all layers are used: the mean over layers, and the worst.
+
+  {layer index: [E]} -> {name: []}.
+  """
   layers = [router.load_metrics(one) for one in load.values()]
   together = lambda name: jnp.stack([one[name] for one in layers])
   return {} if not layers else {
-      'load/violation': jnp.mean(together('violation')), 'load/worst_violation': jnp.max(together('violation')),
+      'load/violation': jnp.mean(together('violation')),
+      'load/worst_violation': jnp.max(together('violation')),
       'load/idle': jnp.mean(together('idle'))}

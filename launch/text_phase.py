@@ -66,14 +66,18 @@ def new_faults(before: dict, now: dict) -> dict[str, float]:
   return mesh_lib.sum_over_processes(found)
 
 
-def make_evaluate(forward: Callable, parts: Mapping[str, Callable], mesh: jax.sharding.Mesh) -> Callable:
-  """One pass of the held-out rows: what is said below of all rows, and of each part where there are several.
+def make_evaluate(
+    forward: Callable, parts: Mapping[str, Callable], mesh: jax.sharding.Mesh,
+) -> Callable:
+  """One pass of the held-out rows: what is below of all rows, and of each part of several.
 
-  eval/loss: nats per predicted token. eval/token_accuracy: share of them that were the likeliest token.
+  eval/loss: nats per predicted token. eval/token_accuracy: share of them that were the likeliest
+  token.
 
   Args:
     forward: launch.engine.make_forward's.
-    parts: {name: open}; open(Counter of faults) -> iterable of fields of this process; every process gets equally many.
+    parts: {name: open}; open(Counter of faults) -> iterable of fields of this process; every
+      process gets equally many.
   """
   best = topk(1)
 
@@ -88,18 +92,22 @@ def make_evaluate(forward: Callable, parts: Mapping[str, Callable], mesh: jax.sh
     del step
     found, faults = {}, collections.Counter()
     for name, open_rows in parts.items():
-      batches = (mesh_lib.put(make_batch(fields, Method())[0], mesh) for fields in open_rows(faults))
+      batches = (mesh_lib.put(make_batch(fields, Method())[0], mesh)
+                 for fields in open_rows(faults))
       found[name] = [sums(params, batch) for batch in batches]
-    found = {name: np.asarray(x, np.float64).reshape(-1, 3).sum(0) for name, x in jax.device_get(found).items()}
+    found = {name: np.asarray(x, np.float64).reshape(-1, 3).sum(0)
+             for name, x in jax.device_get(found).items()}
     whole = sum(found.values())
     if not whole[2]:
       raise ValueError('the held-out rows have no token to predict')
     out = {}
-    for prefix, (loss, right, tokens) in {'eval': whole, **{f'eval/{name}': x for name, x in found.items()}}.items():
+    for prefix, (loss, right, tokens) in {
+        'eval': whole, **{f'eval/{name}': x for name, x in found.items()}}.items():
       if tokens and (prefix == 'eval' or len(found) > 1):
         out |= {f'{prefix}/loss': loss / tokens, f'{prefix}/token_accuracy': right / tokens}
     # Every process reads all rows, and has counted all of their faults.
     left_out = {f'eval/rows_{name}': float(n) for name, n in faults.items()}
-    return {name: float(x) for name, x in out.items()} | {'eval/tokens': float(whole[2]), **left_out}
+    return {name: float(x) for name, x in out.items()} | {
+        'eval/tokens': float(whole[2]), **left_out}
 
   return evaluate

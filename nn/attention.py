@@ -18,7 +18,8 @@ State = dict[str, jax.Array]
 
 
 def specs(cfg: ModelConfig) -> dict:
-  sizes = {'embed': cfg.embed_dim, 'heads': cfg.num_heads, 'kv_heads': cfg.num_kv_heads, 'head_dim': cfg.head_dim}
+  sizes = {'embed': cfg.embed_dim, 'heads': cfg.num_heads, 'kv_heads': cfg.num_kv_heads,
+           'head_dim': cfg.head_dim}
   table = {
       'q': param.matrix(sizes, ('embed', 'heads', 'head_dim'), contract=('embed',)),
       'k': param.matrix(sizes, ('embed', 'kv_heads', 'head_dim'), contract=('embed',)),
@@ -31,7 +32,9 @@ def specs(cfg: ModelConfig) -> dict:
   return table
 
 
-def apply(params: dict, cfg: ModelConfig, x: jax.Array, positions: jax.Array, segments: jax.Array) -> jax.Array:
+def apply(
+    params: dict, cfg: ModelConfig, x: jax.Array, positions: jax.Array, segments: jax.Array,
+) -> jax.Array:
   """Attention over a whole row: [B, T, D], [B, T], [B, T] -> [B, T, D]."""
   q, k, v = project(params, cfg, x, positions)
   return output(params, _attend(cfg, q, k, v, segments))
@@ -46,8 +49,8 @@ def init_cache(cfg: ModelConfig, num_rows: int, length: int) -> State:
 
 
 def prefill(
-    params: dict, cfg: ModelConfig, x: jax.Array, positions: jax.Array, segments: jax.Array, state: State,
-    at: cache.Place,
+    params: dict, cfg: ModelConfig, x: jax.Array, positions: jax.Array, segments: jax.Array,
+    state: State, at: cache.Place,
 ) -> tuple[jax.Array, State]:
   """`apply`, and the keys and values of the T positions in the first T slots of the cache."""
   q, k, v = project(params, cfg, x, positions)
@@ -55,8 +58,8 @@ def prefill(
 
 
 def step(
-    params: dict, cfg: ModelConfig, x: jax.Array, position: jax.Array, valid: jax.Array, index: jax.Array,
-    state: State, at: cache.Place,
+    params: dict, cfg: ModelConfig, x: jax.Array, position: jax.Array, valid: jax.Array,
+    index: jax.Array, state: State, at: cache.Place,
 ) -> tuple[jax.Array, State]:
   """One token of every row.
 
@@ -72,20 +75,25 @@ def step(
   return output(params, heads), state
 
 
-def _attend(cfg: ModelConfig, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
+def _attend(
+    cfg: ModelConfig, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array,
+) -> jax.Array:
   split = functools.partial(param.mesh_axes, cfg.rules)
-  axes = kernel.Axes(split('batch', q.shape[0]), split('heads', q.shape[2]), split('kv_heads', k.shape[2]))
+  axes = kernel.Axes(
+      split('batch', q.shape[0]), split('heads', q.shape[2]), split('kv_heads', k.shape[2]))
   return kernel.attention(q, k, v, segments=segments, implementation=cfg.attention, axes=axes)
 
 
-def _write(state: State, k: jax.Array, v: jax.Array, at: cache.Place, index: int | jax.Array) -> State:
+def _write(
+    state: State, k: jax.Array, v: jax.Array, at: cache.Place, index: int | jax.Array,
+) -> State:
   """Puts k and v [B, T, G, K] into T slots from `index`."""
   return {'k': cache.write(state['k'], k.transpose(0, 2, 3, 1), (0, 0, 0, index), at),
           'v': cache.write(state['v'], v.swapaxes(1, 2), (0, 0, index, 0), at)}
 
 
 def flops(cfg: ModelConfig, length: int) -> int:
-  """Floating point operations of the forward pass, per token of a row of `length`: half of it is ahead, and skipped."""
+  """FLOPs of the forward pass, per token of a row of `length`: half of it is ahead, and skipped."""
   heads, kv_heads = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
   return 2 * cfg.embed_dim * (2 * heads + 2 * kv_heads) + 2 * 2 * heads * length // 2
 
@@ -93,7 +101,7 @@ def flops(cfg: ModelConfig, length: int) -> int:
 def project(
     params: dict, cfg: ModelConfig, x: jax.Array, positions: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """q [..., H, K], k and v [..., G, K] of x [..., D], normalised and turned to their positions [...]."""
+  """q [..., H, K], k and v [..., G, K] of x [..., D], normalised and turned to positions [...]."""
   q, k, v = (linear(x, params[name]) for name in ('q', 'k', 'v'))
   if cfg.qk_norm:
     q = norm.rms_norm(q, params['q_norm']['scale'], cfg.norm_eps)

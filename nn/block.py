@@ -1,8 +1,8 @@
 """A layer: x + mixer(norm(x)), then x + ffn(norm(x)). B rows, T positions, D model width.
 
-A mixer is a module with specs, apply, init_cache, prefill, step and flops, see `nn/attention.py`; an FFN is a module with
-specs, apply and flops, see `nn/mlp.py`; one that chooses also takes routes, see `moe/layer.py`. A new one is one file and
-one entry here.
+A mixer is a module with specs, apply, init_cache, prefill, step and flops, see `nn/attention.py`;
+an FFN is a module with specs, apply and flops, see `nn/mlp.py`; one that chooses also takes routes,
+see `moe/layer.py`. A new one is one file and one entry here.
 """
 
 import jax
@@ -24,15 +24,21 @@ def specs(cfg: ModelConfig, names: Names) -> dict:
     if name not in known:
       raise ValueError(f'unknown {kind} {name!r}; known are {sorted(known)}')
   width = norm.specs(cfg.embed_dim, 'embed')
-  return {'mixer_norm': width, 'mixer': MIXERS[mixer].specs(cfg), 'ffn_norm': width, 'ffn': FFNS[ffn].specs(cfg)}
+  return {'mixer_norm': width, 'mixer': MIXERS[mixer].specs(cfg),
+          'ffn_norm': width, 'ffn': FFNS[ffn].specs(cfg)}
 
 
 def apply(
-    params: dict, cfg: ModelConfig, names: Names, x: jax.Array, positions: jax.Array, segments: jax.Array,
-    routes: jax.Array | None = None,
+    params: dict, cfg: ModelConfig, names: Names, x: jax.Array, positions: jax.Array,
+    segments: jax.Array, routes: jax.Array | None = None,
 ) -> tuple[jax.Array, dict]:
-  """[B, T, D] -> [B, T, D], and what the FFN reports. routes: the choice it is to repeat, see `moe/layer.py`."""
-  y = MIXERS[names[0]].apply(params['mixer'], cfg, _norm(params, 'mixer', cfg, x), positions, segments)
+  """[B, T, D] -> [B, T, D], and what the FFN reports.
+
+  Args:
+    routes: the choice it is to repeat, see `moe/layer.py`.
+  """
+  y = MIXERS[names[0]].apply(
+      params['mixer'], cfg, _norm(params, 'mixer', cfg, x), positions, segments)
   return _feed_forward(params, cfg, names, x + y, segments, routes)
 
 
@@ -42,18 +48,18 @@ def init_cache(cfg: ModelConfig, names: Names, num_rows: int, length: int) -> di
 
 
 def prefill(
-    params: dict, cfg: ModelConfig, names: Names, x: jax.Array, positions: jax.Array, segments: jax.Array,
-    state: dict, at: cache.Place,
+    params: dict, cfg: ModelConfig, names: Names, x: jax.Array, positions: jax.Array,
+    segments: jax.Array, state: dict, at: cache.Place,
 ) -> tuple[jax.Array, dict]:
-  """[B, T, D] -> [B, T, D], and the mixer's state after these positions. `at`: see `nn/cache.py`."""
+  """[B, T, D] -> [B, T, D], and the mixer's state after these positions. at: see `nn/cache.py`."""
   y, state = MIXERS[names[0]].prefill(
       params['mixer'], cfg, _norm(params, 'mixer', cfg, x), positions, segments, state, at)
   return _feed_forward(params, cfg, names, x + y, segments)[0], state
 
 
 def step(
-    params: dict, cfg: ModelConfig, names: Names, x: jax.Array, position: jax.Array, valid: jax.Array,
-    index: jax.Array, state: dict, at: cache.Place,
+    params: dict, cfg: ModelConfig, names: Names, x: jax.Array, position: jax.Array,
+    valid: jax.Array, index: jax.Array, state: dict, at: cache.Place,
 ) -> tuple[jax.Array, dict]:
   """[B, D] -> [B, D], and the mixer's next state."""
   y, state = MIXERS[names[0]].step(
@@ -76,5 +82,6 @@ def _feed_forward(
     routes: jax.Array | None = None,
 ) -> tuple[jax.Array, dict]:
   replay = () if routes is None else (routes,)
-  y, extras = FFNS[names[1]].apply(params['ffn'], cfg, _norm(params, 'ffn', cfg, x), segments, *replay)
+  y, extras = FFNS[names[1]].apply(
+      params['ffn'], cfg, _norm(params, 'ffn', cfg, x), segments, *replay)
   return param.constrain(x + y, cfg.rules, 'batch', 'time', None), extras

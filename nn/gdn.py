@@ -1,7 +1,8 @@
-"""The linear-attention mixer: Gated DeltaNet, KDA, FG2-GDN, FG2-GDN+ and GDN-2, by `model.gdn.variant`.
+"""The linear-attention mixer: Gated DeltaNet, KDA, FG2-GDN, FG2-GDN+ and GDN-2.
 
-q, k and v go through a short causal convolution and SiLU, q and k are L2-normalised, the recurrence of kernels/fg2_gdn
-runs, and its output is normalised per head and gated. There are no positions in it. What differs between variants:
+q, k and v go through a short causal convolution and SiLU, q and k are L2-normalised, the recurrence
+of kernels/fg2_gdn runs, and its output is normalised per head and gated. There are no positions in
+it. What differs between the values of `model.gdn.variant`:
 
             log-decay     learning rate              output gate
   gdn       per head      beta per head              SiLU, full rank        (arXiv:2412.06464)
@@ -10,10 +11,11 @@ runs, and its output is normalised per head and gated. There are no positions in
   fg2_plus  per channel   per channel, two: k and v  as kda                 (the same)
   gdn2      per channel   erase and write            as kda                 (arXiv:2605.22791)
 
-How FG2's learning rates come from x is our reading: full-rank projections with a bias that begins at 0.
+How FG2's learning rates come from x is our reading: full-rank projections with a bias that begins
+at 0.
 
-B rows, T positions, D model width, Hk key heads, Hv value heads, K key channels, V value channels, W tokens the
-convolution sees, R rank.
+B rows, T positions, D model width, Hk key heads, Hv value heads, K key channels, V value channels,
+W tokens the convolution sees, R rank.
 """
 
 import dataclasses
@@ -30,18 +32,19 @@ from nn.config import ModelConfig
 from nn.linear import linear
 from nn.param import Spec
 
-# state [B, Hv, K, V] float32, and per stream the last W - 1 inputs of its convolution [B, W - 1, H, K or V] in the
-# compute dtype, 0 where they are of another segment.
+# state [B, Hv, K, V] float32, and per stream the last W - 1 inputs of its convolution
+# [B, W - 1, H, K or V] in the compute dtype, 0 where they are of another segment.
 State = dict[str, jax.Array]
 
 STREAMS = ('q', 'k', 'v')
-CHUNK = 64                             # tokens of a chunk that FLOPs are counted for, on every platform
+CHUNK = 64                             # tokens of a chunk that FLOPs are counted for, everywhere
 
 
 def specs(cfg: ModelConfig) -> dict[str, Spec]:
   heads, key_heads, key, value = cfg.gdn_sizes
   g = cfg.gdn
-  sizes = {'embed': cfg.embed_dim, 'heads': heads, 'kv_heads': key_heads, 'key_dim': key, 'value_dim': value}
+  sizes = {'embed': cfg.embed_dim, 'heads': heads, 'kv_heads': key_heads, 'key_dim': key,
+           'value_dim': value}
   query, values = ('kv_heads', 'key_dim'), ('heads', 'value_dim')
 
   def projection(name, out, rank=0):
@@ -62,7 +65,8 @@ def specs(cfg: ModelConfig) -> dict[str, Spec]:
   out = ('heads',) if g.variant == 'gdn' else ('heads', 'key_dim')
   rank = value if g.decay_rank < 0 else g.decay_rank
   table |= projection('decay', out, 0 if g.variant == 'gdn' else rank)
-  table |= {'decay_log': bias(('heads',), functools.partial(_decay_log, cfg)), 'decay_bias': bias(out, _time_step)}
+  table |= {'decay_log': bias(('heads',), functools.partial(_decay_log, cfg)),
+            'decay_bias': bias(out, _time_step)}
   if g.variant in ('gdn', 'kda'):
     table |= projection('beta', ('heads',))
   else:
@@ -74,14 +78,18 @@ def specs(cfg: ModelConfig) -> dict[str, Spec]:
   rank = (0 if g.variant == 'gdn' else value) if g.gate_rank < 0 else g.gate_rank
   table |= projection('gate', values, rank)
   table |= {'norm': norm.specs(value, 'value_dim')['scale']}
-  return table | {'o': param.matrix(sizes, ('heads', 'value_dim', 'embed'), contract=('heads', 'value_dim'),
-                                    scale=(2 * len(cfg.layers)) ** -0.5)}
+  return table | {
+      'o': param.matrix(sizes, ('heads', 'value_dim', 'embed'), contract=('heads', 'value_dim'),
+                        scale=(2 * len(cfg.layers)) ** -0.5)}
 
 
-def apply(params: dict, cfg: ModelConfig, x: jax.Array, positions: jax.Array, segments: jax.Array) -> jax.Array:
-  """The mixer over whole rows: [B, T, D], [B, T], [B, T] -> [B, T, D]. Every segment begins with an empty state.
+def apply(
+    params: dict, cfg: ModelConfig, x: jax.Array, positions: jax.Array, segments: jax.Array,
+) -> jax.Array:
+  """The mixer over whole rows: [B, T, D], [B, T], [B, T] -> [B, T, D].
 
-  Padding comes before, after or between segments, not inside one: the convolution counts slots.
+  Every segment begins with an empty state. Padding comes before, after or between segments, not
+  inside one: the convolution counts slots.
   """
   del positions
   return _run(params, cfg, x, segments, None)[0]
@@ -90,19 +98,21 @@ def apply(params: dict, cfg: ModelConfig, x: jax.Array, positions: jax.Array, se
 def init_cache(cfg: ModelConfig, num_rows: int, length: int) -> State:
   del length                           # nothing here grows with it
   heads, key_heads, key, value = cfg.gdn_sizes
-  inputs = {'q': ('kv_heads', key_heads, key), 'k': ('kv_heads', key_heads, key), 'v': ('heads', heads, value)}
+  inputs = {'q': ('kv_heads', key_heads, key), 'k': ('kv_heads', key_heads, key),
+            'v': ('heads', heads, value)}
   empty = lambda *sizes, dtype=cfg.dtype: jnp.zeros((num_rows, *sizes), dtype)
-  state = {name: param.constrain(empty(cfg.gdn.conv - 1, *sizes), cfg.rules, 'batch', None, axis, None)
-           for name, (axis, *sizes) in inputs.items()}
+  state = {
+      name: param.constrain(empty(cfg.gdn.conv - 1, *sizes), cfg.rules, 'batch', None, axis, None)
+      for name, (axis, *sizes) in inputs.items()}
   whole = empty(heads, key, value, dtype=jnp.float32)
   return state | {'state': param.constrain(whole, cfg.rules, 'batch', 'heads', None, None)}
 
 
 def prefill(
-    params: dict, cfg: ModelConfig, x: jax.Array, positions: jax.Array, segments: jax.Array, state: State,
-    at: cache.Place,
+    params: dict, cfg: ModelConfig, x: jax.Array, positions: jax.Array, segments: jax.Array,
+    state: State, at: cache.Place,
 ) -> tuple[jax.Array, State]:
-  """`apply`, going on from a state in the first segment of every row, and the state after the last one."""
+  """`apply` going on from a state in each row's first segment, and the state after the last one."""
   del positions
   before = {name: cache.read(a, at) for name, a in state.items()}
   y, after = _run(params, cfg, x, segments, before)
@@ -110,8 +120,8 @@ def prefill(
 
 
 def step(
-    params: dict, cfg: ModelConfig, x: jax.Array, position: jax.Array, valid: jax.Array, index: jax.Array,
-    state: State, at: cache.Place,
+    params: dict, cfg: ModelConfig, x: jax.Array, position: jax.Array, valid: jax.Array,
+    index: jax.Array, state: State, at: cache.Place,
 ) -> tuple[jax.Array, State]:
   """One token of every row: [B, D] -> [B, D]. It goes on in the segment that the state is from."""
   del position, valid, index
@@ -120,7 +130,8 @@ def step(
   for name in STREAMS:
     window = jnp.concatenate([before[name], linear(x, params[name])[:, None]], axis=1)
     after[name] = window[:, 1:]
-    streams.append(_silu(jnp.einsum('bwhk,whk->bhk', window.astype(jnp.float32), params[f'{name}_conv']), x.dtype))
+    streams.append(_silu(
+        jnp.einsum('bwhk,whk->bhk', window.astype(jnp.float32), params[f'{name}_conv']), x.dtype))
   q, k, v = _unit(streams[0]), _unit(streams[1]), streams[2]
   one = {'gdn': kernel.kda_step, 'kda': kernel.kda_step, 'gdn2': kernel.gdn2_step}
   heads, after['state'] = one.get(cfg.gdn.variant, kernel.fg2_gdn_step)(
@@ -129,7 +140,7 @@ def step(
 
 
 def flops(cfg: ModelConfig, length: int) -> int:
-  """Floating point operations of the forward pass, per token: projections, and the recurrence in chunks of 64 tokens."""
+  """FLOPs of the forward pass, per token: projections and the recurrence in chunks of 64 tokens."""
   del length
   heads, _, key, value = cfg.gdn_sizes
   matrices = 2 * sum(math.prod(s.shape) for s in specs(cfg).values() if s.contract)
@@ -139,7 +150,8 @@ def flops(cfg: ModelConfig, length: int) -> int:
 def warm_start(params: dict, cfg: ModelConfig, variant: str) -> tuple[dict, ModelConfig]:
   """A gdn or kda layer as a layer of a finer variant that computes the same function, exactly.
 
-  Every learning rate and decay per head is copied to all channels (spec of FG2: beta equal over channels is KDA).
+  Every learning rate and decay per head is copied to all channels (spec of FG2: beta equal over
+  channels is KDA).
 
   Args:
     params: of the layer, or of several with a leading axis; the tree of `specs`.
@@ -167,7 +179,8 @@ def warm_start(params: dict, cfg: ModelConfig, variant: str) -> tuple[dict, Mode
     rank, gate_rank = 0, max(old.gate_rank, 0)
   if variant != 'kda':
     beta = params.pop('beta')
-    for name, channels in {'beta_k': key, **({} if variant == 'fg2' else {'beta_v': value})}.items():
+    for name, channels in {
+        'beta_k': key, **({} if variant == 'fg2' else {'beta_v': value})}.items():
       params[name] = copies(beta, channels)
       if variant != 'gdn2':
         params[f'{name}_bias'] = jnp.zeros((*beta.shape[:-2], heads, channels), beta.dtype)
@@ -182,8 +195,10 @@ def _run(params, cfg, x, segments, before):
   after, streams = {}, []
   for name in STREAMS:
     inputs = linear(x, params[name])
-    inputs = param.constrain(inputs, cfg.rules, 'batch', 'time', 'heads' if name == 'v' else 'kv_heads', None)
-    y, after[name] = _convolve(inputs, params[f'{name}_conv'], segments, None if before is None else before[name])
+    inputs = param.constrain(
+        inputs, cfg.rules, 'batch', 'time', 'heads' if name == 'v' else 'kv_heads', None)
+    y, after[name] = _convolve(
+        inputs, params[f'{name}_conv'], segments, None if before is None else before[name])
     streams.append(y)
   q, k, v = _unit(streams[0]), _unit(streams[1]), streams[2]
   arrays = q, k, v, _log_decay(params, cfg, x), *_rates(params, cfg, x)
@@ -211,12 +226,15 @@ def _convolve(x, weight, segments, before):
   y = 0
   for i in range(history + 1):
     same = ids[:, i:i + length] == segments
-    y += jnp.where(same[..., None, None], inputs[:, i:i + length], 0).astype(jnp.float32) * weight[i]
+    y += (jnp.where(same[..., None, None], inputs[:, i:i + length], 0).astype(jnp.float32)
+          * weight[i])
 
-  end = jnp.max(jnp.where(segments != 0, jnp.arange(1, length + 1), 0), axis=1)     # behind the last token
+  # One past the last token.
+  end = jnp.max(jnp.where(segments != 0, jnp.arange(1, length + 1), 0), axis=1)
   last = end[:, None] + jnp.arange(history)
   kept = jnp.take_along_axis(inputs, last[..., None, None], axis=1)
-  here = jnp.take_along_axis(ids, last, axis=1) == jnp.take_along_axis(ids, end[:, None] + history - 1, axis=1)
+  here = (jnp.take_along_axis(ids, last, axis=1)
+          == jnp.take_along_axis(ids, end[:, None] + history - 1, axis=1))
   return _silu(y, x.dtype), jnp.where(here[..., None, None], kept, 0)
 
 
@@ -231,9 +249,10 @@ def _log_decay(params, cfg, x):
 
 
 def _rates(params, cfg, x):
-  """What the variant's kernel takes for learning rates, float32: beta; its root per channel; erase and write."""
+  """Learning rates as kernels take them, float32: beta; its root per channel; erase and write."""
   scale = 2.0 if cfg.gdn.negative else 1.0
-  logits = lambda name: _project(params, name, x).astype(jnp.float32) + params.get(f'{name}_bias', 0)
+  logits = lambda name: (
+      _project(params, name, x).astype(jnp.float32) + params.get(f'{name}_bias', 0))
   if cfg.gdn.variant in ('gdn', 'kda'):
     return (scale * jax.nn.sigmoid(logits('beta')),)
   if cfg.gdn.variant == 'gdn2':        # only what is erased is doubled
@@ -244,16 +263,22 @@ def _rates(params, cfg, x):
 
 
 def _recur(cfg, arrays, segments, state):
-  """The kernel on every device's own rows, heads and stretch of time -> o [B, T, Hv, V], state [B, Hv, K, V]."""
+  """The kernel on every device's own rows, heads and stretch of time.
+
+  Returns:
+    o [B, T, Hv, V], state [B, Hv, K, V].
+  """
   ops = {'gdn': kernel.gdn, 'kda': kernel.kda, 'gdn2': kernel.gdn2}
-  run = functools.partial(ops.get(cfg.gdn.variant, kernel.fg2_gdn), implementation=cfg.gdn.implementation,
-                          chunk_size=cfg.gdn.chunk or None)
+  run = functools.partial(
+      ops.get(cfg.gdn.variant, kernel.fg2_gdn), implementation=cfg.gdn.implementation,
+      chunk_size=cfg.gdn.chunk or None)
   if jax.sharding.get_abstract_mesh().size <= 1:
     return run(*arrays, initial_state=state, segment_ids=segments)
 
   q, k, v, *gates = arrays
   split = functools.partial(param.mesh_axes, cfg.rules)
-  rows, heads, time = split('batch', q.shape[0]), split('heads', v.shape[2]), split('time', q.shape[1])
+  rows, heads, time = (
+      split('batch', q.shape[0]), split('heads', v.shape[2]), split('time', q.shape[1]))
   if len(time) > 1:
     raise ValueError(f'model.rules.time is {time}; the recurrence can be split over one mesh axis')
   if split('kv_heads', q.shape[2]) != heads:     # a device's value heads may need any key head
@@ -262,16 +287,19 @@ def _recur(cfg, arrays, segments, state):
     state = jnp.zeros((q.shape[0], v.shape[2], k.shape[3], v.shape[3]), jnp.float32)
   shared = [i for i, a in enumerate(gates) if a is None]
   gates = [a for a in gates if a is not None]
-  tokens, whole = PartitionSpec(rows or None, time or None, heads or None), PartitionSpec(rows or None, heads or None)
+  tokens, whole = (PartitionSpec(rows or None, time or None, heads or None),
+                   PartitionSpec(rows or None, heads or None))
 
   def local(q, k, v, gates, state, segments):
     gates = list(gates)
     for i in shared:
       gates.insert(i, None)
-    return run(q, k, v, *gates, initial_state=state, segment_ids=segments, time_axis=time[0] if time else None)
+    return run(q, k, v, *gates, initial_state=state, segment_ids=segments,
+               time_axis=time[0] if time else None)
 
   return jax.shard_map(
-      local, check_vma=False, in_specs=(tokens, tokens, tokens, tokens, whole, PartitionSpec(rows or None, time or None)),
+      local, check_vma=False,
+      in_specs=(tokens, tokens, tokens, tokens, whole, PartitionSpec(rows or None, time or None)),
       out_specs=(tokens, whole))(q, k, v, gates, state, segments)
 
 
@@ -301,7 +329,8 @@ def _silu(x, dtype):
 
 
 def _write(state, after, at):
-  return {name: cache.write(a, after[name].astype(a.dtype), (0,) * after[name].ndim, at) for name, a in state.items()}
+  return {name: cache.write(a, after[name].astype(a.dtype), (0,) * after[name].ndim, at)
+          for name, a in state.items()}
 
 
 def _decay_log(cfg, key, shape):

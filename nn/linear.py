@@ -1,7 +1,10 @@
-"""The product of activations with a weight array, and its two gradients. I inputs and O outputs, of any number of axes.
+"""The product of activations with a weight array, and its two gradients.
 
-Differentiating `x @ w` transposes the weight's gradient, which costs XLA on CPU a copy of the activations and a slow
-product, a quarter of a train step; and it rounds that gradient to the compute dtype. Both are avoided here.
+I inputs and O outputs, of any number of axes.
+
+Differentiating `x @ w` transposes the weight's gradient, which costs XLA on CPU a copy of the
+activations and a slow product, a quarter of a train step; and it rounds that gradient to the
+compute dtype. Both are avoided here.
 """
 
 import functools
@@ -35,7 +38,8 @@ def _backward(num_inputs, residuals, grad):
   last = list(range(-num_outputs, 0))
   dx = jnp.tensordot(grad, w.astype(x.dtype), (last, last))
   lead = list(range(num_lead))
-  return dx, jnp.tensordot(x, grad, (lead, lead), preferred_element_type=jnp.float32).astype(w.dtype)
+  return dx, jnp.tensordot(
+      x, grad, (lead, lead), preferred_element_type=jnp.float32).astype(w.dtype)
 
 
 linear.defvjp(_forward, _backward)
@@ -56,7 +60,8 @@ def logits(x: jax.Array, table: jax.Array) -> jax.Array:
 
 
 def _logits_forward(x, table):
-  product = jnp.einsum('...d,vd->...v', x, table.astype(x.dtype), preferred_element_type=jnp.float32)
+  product = jnp.einsum(
+      '...d,vd->...v', x, table.astype(x.dtype), preferred_element_type=jnp.float32)
   return product, (x, table)
 
 

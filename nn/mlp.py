@@ -1,4 +1,7 @@
-"""The dense feed-forward layer, SwiGLU (arXiv:2002.05202). B rows, T positions, D model width, F inner width."""
+"""The dense feed-forward layer, SwiGLU (arXiv:2002.05202).
+
+B rows, T positions, D model width, F inner width.
+"""
 
 import jax
 
@@ -13,11 +16,14 @@ def specs(cfg: ModelConfig) -> dict[str, Spec]:
   return {
       'gate': param.matrix(sizes, ('embed', 'ffw'), contract=('embed',)),
       'up': param.matrix(sizes, ('embed', 'ffw'), contract=('embed',)),
-      'down': param.matrix(sizes, ('ffw', 'embed'), contract=('ffw',), scale=(2 * len(cfg.layers)) ** -0.5),
+      'down': param.matrix(sizes, ('ffw', 'embed'), contract=('ffw',),
+                           scale=(2 * len(cfg.layers)) ** -0.5),
   }
 
 
-def apply(params: dict, cfg: ModelConfig, x: jax.Array, segments: jax.Array) -> tuple[jax.Array, dict]:
+def apply(
+    params: dict, cfg: ModelConfig, x: jax.Array, segments: jax.Array,
+) -> tuple[jax.Array, dict]:
   """down(silu(gate(x)) * up(x)).
 
   Args:

@@ -1,7 +1,8 @@
 """The decoder: tokens to hidden states, whole rows at a time or one token at a time with a cache.
 
-B rows, T positions, P prompt positions, L cache slots, D model width, V vocabulary, R repeats.
-A stack is `head` layers, then `pattern` x `repeats` with parameters stacked over repeats, then `tail` layers.
+B rows, T positions, P prompt positions, L cache slots, D model width, V vocabulary, R repeats. A
+stack is `head` layers, then `pattern` x `repeats` with parameters stacked over repeats, then `tail`
+layers.
 """
 
 import functools
@@ -44,8 +45,8 @@ def forward(
 
   Args:
     tokens, positions, segments: [B, T] int32; segments 0 is padding.
-    routes: {layer index: [B, T, top_k] int32}, experts to take again, as in Output.routes; -1: choose anew. A layer that
-      is not named chooses.
+    routes: {layer index: [B, T, top_k] int32}, experts to take again, as in Output.routes; -1:
+      choose anew. A layer that is not named chooses.
 
   Raises:
     ValueError: rows longer than cfg.max_length; routes of a layer that has no experts.
@@ -63,9 +64,10 @@ def forward(
 
 
 def prepare(params: dict, cfg: ModelConfig) -> dict:
-  """Parameters as a loop over tokens wants them: matrices in the compute dtype, unrolled layers apart.
+  """Parameters for a loop over tokens: matrices in the compute dtype, unrolled layers apart.
 
-  `prefill` and `step` give the same with either form; without this, they round and cut the weights again for every token.
+  `prefill` and `step` give the same with either form; without this, they round and cut the weights
+  again for every token.
   """
   table = param.flat(specs(cfg))
   rounded = {name: a.astype(cfg.dtype) if table[name].contract or name == 'embed/table' else a
@@ -106,10 +108,13 @@ def prefill(
 
   states = _states(cfg, lambda names: block.init_cache(cfg, names, num_rows, length))
   x, states, _ = _walk(params, cfg, layer, _embed(params, cfg, tokens), states)
-  return _final_norm(params, cfg, x[:, -1]), Cache(layers=states, start=start, index=jnp.int32(num_slots), length=length)
+  return _final_norm(params, cfg, x[:, -1]), Cache(
+      layers=states, start=start, index=jnp.int32(num_slots), length=length)
 
 
-def step(params: dict, cfg: ModelConfig, tokens: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+def step(
+    params: dict, cfg: ModelConfig, tokens: jax.Array, cache: Cache,
+) -> tuple[jax.Array, Cache]:
   """Reads one more token of every row: [B] -> hidden [B, D], and the cache."""
   slots = jnp.arange(cache.length)
   valid = (slots >= cache.start[:, None]) & (slots <= cache.index)
@@ -137,13 +142,16 @@ def unembed(params: dict, cfg: ModelConfig, hidden: jax.Array) -> jax.Array:
 
 
 def flops(cfg: ModelConfig, length: int) -> int:
-  """Training FLOPs per token of rows of `length`: forward, and twice that backward. Recomputation is not counted."""
+  """Training FLOPs per token of rows of `length`: forward, and twice that backward.
+
+  Recomputation is not counted.
+  """
   layers = sum(block.flops(cfg, names, length) for names in cfg.layers)
   return 3 * (layers + 2 * cfg.embed_dim * cfg.vocab_size)
 
 
 def after_update(params: dict, cfg: ModelConfig, load: Mapping[int, jax.Array]) -> dict:
-  """The parameters after an optimiser step, where more than the gradient changes them: selection biases.
+  """Parameters after an optimiser step where more than the gradient changes them: selection biases.
 
   Args:
     load: {layer index: [experts]}, Output.load summed over the step.
@@ -180,8 +188,9 @@ def _final_norm(params: dict, cfg: ModelConfig, x: jax.Array) -> jax.Array:
 
 
 def _states(cfg: ModelConfig, make) -> dict:
-  """make(names) for every layer, nested as `_walk` wants them: stacked over repeats under a scan."""
-  states = {part: {name: make(names) for name, names in layers.items()} for part, layers in _parts(cfg).items()}
+  """make(names) for every layer, nested as `_walk` wants it: stacked over repeats under a scan."""
+  states = {part: {name: make(names) for name, names in layers.items()}
+            for part, layers in _parts(cfg).items()}
   if 'blocks' in states:
     period = states['blocks']
     stacked = lambda a: jnp.broadcast_to(a, (cfg.repeats, *a.shape))
@@ -190,12 +199,13 @@ def _states(cfg: ModelConfig, make) -> dict:
 
 
 def _by_layer(cfg: ModelConfig) -> list[tuple[tuple[str, str], tuple[int, ...]]]:
-  """((part, position), the indices in the model of the layers that lie there) for every entry of the parameters."""
+  """((part, position), the model's indices of layers there) for every entry of the parameters."""
   first, period, entries = len(cfg.head), len(cfg.pattern), []
   for part, layers in _parts(cfg).items():
     for i, name in enumerate(layers):
       begin = {'head': 0, 'blocks': first, 'tail': first + period * cfg.repeats}[part] + i
-      entries.append(((part, name), tuple(begin + r * period for r in range(cfg.repeats if part == 'blocks' else 1))))
+      entries.append(((part, name), tuple(
+          begin + r * period for r in range(cfg.repeats if part == 'blocks' else 1))))
   return entries
 
 
@@ -211,26 +221,34 @@ def _replays(cfg: ModelConfig, routes: Mapping[int, jax.Array], shape: tuple[int
     if part != 'blocks':
       states[part][name] = found[0]
     elif cfg.unroll:
-      states[part] = tuple(period | {name: one} for period, one in zip(states[part], found, strict=True))
+      states[part] = tuple(
+          period | {name: one} for period, one in zip(states[part], found, strict=True))
     else:
       states[part][name] = jnp.stack(found)
   return states
 
 
 def _apart(blocks: dict, cfg: ModelConfig) -> tuple[dict, ...]:
-  """Stacked parameters as one dict per repeat. By one split: the gradients of slices would be added up in full size."""
+  """Stacked parameters as one dict per repeat.
+
+  By one split: the gradients of slices would be added up in full size.
+  """
   if isinstance(blocks, tuple):
     return blocks
-  pieces = jax.tree.map(lambda a: [piece[0] for piece in jax.lax.split(a, (1,) * cfg.repeats)], blocks)
+  pieces = jax.tree.map(
+      lambda a: [piece[0] for piece in jax.lax.split(a, (1,) * cfg.repeats)], blocks)
   return tuple(jax.tree.map(lambda a, i=i: a[i], pieces, is_leaf=lambda a: isinstance(a, list))
                for i in range(cfg.repeats))
 
 
-def _walk(params: dict, cfg: ModelConfig, layer, x: jax.Array, states: dict) -> tuple[jax.Array, dict, list[dict]]:
+def _walk(
+    params: dict, cfg: ModelConfig, layer, x: jax.Array, states: dict,
+) -> tuple[jax.Array, dict, list[dict]]:
   """Runs layer(names, params, x, state, at) -> (x, state, extras) through the stack.
 
   Args:
-    states: nested like params; `at` says which part of its state's arrays is the layer's, see `nn/cache.py`.
+    states: nested like params; `at` says which part of its state's arrays is the layer's, see
+      `nn/cache.py`.
 
   Returns:
     x, states, and the extras of every layer in the order of the model.
@@ -258,8 +276,10 @@ def _walk(params: dict, cfg: ModelConfig, layer, x: jax.Array, states: dict) -> 
       def body(carry, xs, layers=layers):
         x, state, out = period(layers, xs[0], *carry, xs[1])
         return (x, state), out
-      (x, new[part]), out = jax.lax.scan(body, (x, states[part]), (params[part], jnp.arange(cfg.repeats)))
-      extras += [jax.tree.map(lambda a, r=r: a[r], more) for r in range(cfg.repeats) for more in out]
+      (x, new[part]), out = jax.lax.scan(
+          body, (x, states[part]), (params[part], jnp.arange(cfg.repeats)))
+      extras += [jax.tree.map(lambda a, r=r: a[r], more)
+                 for r in range(cfg.repeats) for more in out]
   return x, new, extras
 
 
@@ -269,12 +289,13 @@ def _remat(cfg, layer, names):
   policies = {'full': None, 'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
   if cfg.remat == 'none':
     return layer
-  # Inside a scan nothing can be merged with the forward pass anyway, and the barriers against it cost time.
+  # Inside a scan nothing can be merged with the forward pass anyway, and the barriers against it
+  # cost time.
   return jax.checkpoint(layer, policy=policies[cfg.remat], prevent_cse=cfg.unroll)
 
 
 def _collect(extras: list[dict]) -> dict:
-  """What layers report, as fields of Output: losses are summed, metrics averaged over the layers that have them."""
+  """Layers' reports as fields of Output: losses summed, metrics averaged over layers with them."""
   add = lambda kind: {name: sum(e[kind][name] for e in extras if name in e.get(kind, {}))
                       for name in dict.fromkeys(n for e in extras for n in e.get(kind, {}))}
   count = lambda name: sum(name in e.get('metrics', {}) for e in extras)

@@ -22,8 +22,9 @@ Tree = Any
 class Spec:
   """One array. Not a pytree, so `jax.tree.map(f, specs)` stops at it.
 
-  contract: names of the axes a matmul with this array sums over; the others (without layers and expert) are its
-    outputs. Empty: not a matrix (gains, biases, embedding tables). Fan-in, FLOPs, weight decay and Muon read it.
+  contract: names of the axes a matmul with this array sums over; the others (without layers and
+    expert) are its outputs. Empty: not a matrix (gains, biases, embedding tables). Fan-in, FLOPs,
+    weight decay and Muon read it.
   """
   shape: tuple[int, ...]
   axes: tuple[str, ...]
@@ -53,7 +54,10 @@ def zeros(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   return jnp.zeros(shape, jnp.float32)
 
 
-def matrix(sizes: Mapping[str, int], axes: tuple[str, ...], contract: tuple[str, ...], scale: float = 1.0) -> Spec:
+def matrix(
+    sizes: Mapping[str, int], axes: tuple[str, ...], contract: tuple[str, ...],
+    scale: float = 1.0,
+) -> Spec:
   """A Spec whose entries have standard deviation scale / sqrt(fan-in). sizes: {axis name: size}."""
   fan_in = math.prod(sizes[a] for a in contract)
   return Spec(tuple(sizes[a] for a in axes), axes, normal(scale / math.sqrt(fan_in)), contract)
@@ -79,19 +83,25 @@ def unflat(leaves: Mapping[str, Any]) -> Tree:
 
 
 def init(key: jax.Array, specs: Tree) -> Tree:
-  """Float32 parameters. Each array's key is fold_in(key, crc32(name)): adding one leaves the others bit-identical."""
+  """Float32 parameters.
+
+  Each array's key is fold_in(key, crc32(name)): adding one leaves the others bit-identical.
+  """
   return unflat({name: s.init(jax.random.fold_in(key, zlib.crc32(name.encode())), s.shape)
                  for name, s in flat(specs).items()})
 
 
 def abstract(specs: Tree, shardings: Tree | None = None) -> Tree:
-  """The tree of float32 ShapeDtypeStructs, with shardings if given: what restore and ahead-of-time compilation need."""
+  """Float32 ShapeDtypeStructs, with shardings if given: for restore and ahead-of-time compiling."""
   if shardings is None:
     return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, jnp.float32), specs)
-  return jax.tree.map(lambda s, h: jax.ShapeDtypeStruct(s.shape, jnp.float32, sharding=h), specs, shardings)
+  return jax.tree.map(
+      lambda s, h: jax.ShapeDtypeStruct(s.shape, jnp.float32, sharding=h), specs, shardings)
 
 
-def partition_spec(spec: Spec, mesh: Mesh, rules: Mapping[str, tuple[str, ...]], name: str = '') -> PartitionSpec:
+def partition_spec(
+    spec: Spec, mesh: Mesh, rules: Mapping[str, tuple[str, ...]], name: str = '',
+) -> PartitionSpec:
   """Where the axes of one array go.
 
   Args:
@@ -108,7 +118,9 @@ def partition_spec(spec: Spec, mesh: Mesh, rules: Mapping[str, tuple[str, ...]],
     names = tuple(m for m in rules[axis] if mesh.shape.get(m, 1) > 1)
     ways = math.prod(mesh.shape[m] for m in names)
     if size % ways:
-      raise ValueError(f'{name}: axis {axis!r} of size {size} cannot be split {ways} ways over mesh axes {names}')
+      raise ValueError(
+          f'{name}: axis {axis!r} of size {size} cannot be split {ways} ways over mesh axes '
+          f'{names}')
     used += names
     parts.append(names if len(names) > 1 else names[0] if names else None)
   if twice := [m for m, n in collections.Counter(used).items() if n > 1]:
@@ -118,16 +130,18 @@ def partition_spec(spec: Spec, mesh: Mesh, rules: Mapping[str, tuple[str, ...]],
 
 def shardings(specs: Tree, mesh: Mesh, rules: Mapping[str, tuple[str, ...]]) -> Tree:
   """The tree of NamedShardings; strict, see partition_spec."""
-  return unflat({name: NamedSharding(mesh, partition_spec(s, mesh, rules, name)) for name, s in flat(specs).items()})
+  return unflat({name: NamedSharding(mesh, partition_spec(s, mesh, rules, name))
+                 for name, s in flat(specs).items()})
 
 
 Rules = tuple[tuple[str, tuple[str, ...]], ...]
 
 
 def mesh_axes(rules: Rules, axis: str, size: int) -> tuple[str, ...]:
-  """Mesh axes of the ambient mesh (jax.set_mesh) over which an activation's axis of this size is split.
+  """Axes of the ambient mesh (jax.set_mesh) over which an activation's axis of this size is split.
 
-  None where they do not divide it (the one row of a prompt): unlike a parameter's, its size is not known before the run.
+  None where they do not divide it (the one row of a prompt): unlike a parameter's, its size is not
+  known before the run.
   """
   shape = jax.sharding.get_abstract_mesh().shape
   names = tuple(m for m in dict(rules)[axis] if shape.get(m, 1) > 1)
@@ -148,14 +162,16 @@ def constrain(x: jax.Array, rules: Rules, *axes: str | None) -> jax.Array:
   """
   if jax.sharding.get_abstract_mesh().size <= 1:
     return x
-  parts = [mesh_axes(rules, axis, size) or None if axis else None for axis, size in zip(axes, x.shape, strict=True)]
+  parts = [mesh_axes(rules, axis, size) or None if axis else None
+           for axis, size in zip(axes, x.shape, strict=True)]
   return jax.lax.with_sharding_constraint(x, PartitionSpec(*parts))
 
 
 def split(tree: Tree, specs: Tree) -> tuple[Tree, Tree]:
   """(trainable, frozen) parts of a tree shaped like specs; `merge` puts them together again."""
   table, leaves = flat(specs), flat(tree)
-  pick = lambda trainable: unflat({k: v for k, v in leaves.items() if table[k].trainable == trainable})
+  pick = lambda trainable: unflat(
+      {k: v for k, v in leaves.items() if table[k].trainable == trainable})
   return pick(True), pick(False)
 
 
@@ -168,25 +184,30 @@ def count(specs: Tree) -> int:
   return sum(math.prod(s.shape) for s in flat(specs).values())
 
 
-def bytes_per_device(specs: Tree, mesh: Mesh, rules: Mapping[str, tuple[str, ...]], itemsize: int = 4) -> int:
+def bytes_per_device(
+    specs: Tree, mesh: Mesh, rules: Mapping[str, tuple[str, ...]], itemsize: int = 4,
+) -> int:
   """Bytes one device holds of the table's arrays."""
   total = 0
   for name, s in flat(specs).items():
-    ways = math.prod(mesh.shape[m] for part in partition_spec(s, mesh, rules, name) if part is not None
-                     for m in ((part,) if isinstance(part, str) else part))
+    ways = math.prod(
+        mesh.shape[m] for part in partition_spec(s, mesh, rules, name) if part is not None
+        for m in ((part,) if isinstance(part, str) else part))
     total += math.prod(s.shape) * itemsize // ways
   return total
 
 
 def overview(specs: Tree) -> str:
-  """A table for people: groups (the first two parts of the names), arrays, scalars, share of all scalars."""
+  """A table for people: groups (first two parts of names), arrays, scalars, share of scalars."""
   groups = collections.defaultdict(list)
   for name, s in flat(specs).items():
     groups['/'.join(name.split('/')[:2])].append(math.prod(s.shape))
   total = count(specs)
   rows = [('parameters', 'arrays', 'scalars', 'share')]
-  rows += [(name, f'{len(sizes)}', f'{sum(sizes):,}', f'{sum(sizes) / total:.1%}') for name, sizes in groups.items()]
+  rows += [(name, f'{len(sizes)}', f'{sum(sizes):,}', f'{sum(sizes) / total:.1%}')
+           for name, sizes in groups.items()]
   rows += [('total', f'{len(flat(specs))}', f'{total:,}', '100.0%')]
   widths = [max(len(row[i]) for row in rows) for i in range(4)]
-  return '\n'.join(f'{row[0]:<{widths[0]}}' + ''.join(f'  {cell:>{w}}' for cell, w in zip(row[1:], widths[1:]))
-                   for row in rows)
+  return '\n'.join(
+      f'{row[0]:<{widths[0]}}' + ''.join(f'  {cell:>{w}}' for cell, w in zip(row[1:], widths[1:]))
+      for row in rows)

@@ -1,6 +1,7 @@
-"""From hidden states to log-probabilities, a stretch of positions at a time. The only module that shifts by one.
+"""From hidden states to log-probabilities, a stretch of positions at a time.
 
-B rows, T positions, D model width, V vocabulary, S ids of a truncated support, k ids asked for, C positions of a chunk.
+The only module that shifts by one. B rows, T positions, D model width, V vocabulary, S ids of a
+truncated support, k ids asked for, C positions of a chunk.
 """
 
 import jax
@@ -12,21 +13,26 @@ from nn.types import Batch, Output, Want
 
 FAR = -1e30                            # minus infinity that stays finite in sums and gradients
 CHUNK_BYTES = 2**24                    # of float32 logits that exist at once on a device
-CHUNK_TOKENS = 512                     # on a device; with fewer, reading the table takes longer than multiplying by it
+# On a device; with fewer, reading the table takes longer than multiplying by it.
+CHUNK_TOKENS = 512
 
 Scores = dict[Want, jax.Array | tuple[jax.Array, jax.Array]]
 
 
-def score(params: dict, cfg: ModelConfig, output: Output, batch: Batch, wants: tuple[Want, ...]) -> Scores:
+def score(
+    params: dict, cfg: ModelConfig, output: Output, batch: Batch, wants: tuple[Want, ...],
+) -> Scores:
   """What `wants` ask about every token, given the tokens before it in its segment.
 
-  Logits are divided by batch.temperature. Where batch.support names ids and the token is among them, LOGP and ENTROPY
-  are of the distribution over these ids alone; the other kinds are always of the distribution over all ids.
+  Logits are divided by batch.temperature. Where batch.support names ids and the token is among
+  them, LOGP and ENTROPY are of the distribution over these ids alone; the other kinds are always of
+  the distribution over all ids.
 
   Returns:
-    {want: float32 [B, T]}, and for the other kinds what `nn.types` says; 0 where there is nothing to predict from, at a
-    segment's first token and at padding. Differentiable; [B, T, V] logits never exist unless they are small
-    (CHUNK_BYTES), and are not kept for the backward pass even then.
+    {want: float32 [B, T]}, and for the other kinds what `nn.types` says; 0 where there is nothing
+    to predict from, at a segment's first token and at padding. Differentiable; [B, T, V] logits
+    never exist unless they are small (CHUNK_BYTES), and are not kept for the backward pass even
+    then.
 
   Raises:
     ValueError: a kind that this model cannot answer.
@@ -35,15 +41,18 @@ def score(params: dict, cfg: ModelConfig, output: Output, batch: Batch, wants: t
     raise ValueError(f'nothing in this model answers {unknown}; known are {sorted(KINDS)}')
   length = batch.tokens.shape[1]
   previous = lambda x: jnp.concatenate([x[:, :1], x[:, :-1]], axis=1)
-  inside = (batch.segments == previous(batch.segments)) & (batch.segments != 0) & (jnp.arange(length) > 0)
+  inside = ((batch.segments == previous(batch.segments)) & (batch.segments != 0)
+            & (jnp.arange(length) > 0))
   rows = {
-      'hidden': previous(output.hidden), 'tokens': batch.tokens, 'inside': inside, 'support': batch.support,
+      'hidden': previous(output.hidden), 'tokens': batch.tokens, 'inside': inside,
+      'support': batch.support,
       'ids': {want.ids: batch.data[want.ids][0] for want in wants if want.kind == 'at'}}
 
   @jax.checkpoint
   def values(chunk):
     logits = model.unembed(params, cfg, chunk['hidden']) / batch.temperature
-    blank = lambda x: jnp.where(chunk['inside'].reshape(chunk['inside'].shape + (1,) * (x.ndim - 2)), x, 0)
+    blank = lambda x: jnp.where(
+        chunk['inside'].reshape(chunk['inside'].shape + (1,) * (x.ndim - 2)), x, 0)
     return {want: jax.tree.map(blank, KINDS[want.kind](logits, chunk, want)) for want in wants}
 
   size = cfg.score_chunk or chunk_size(cfg, *batch.tokens.shape)
@@ -80,7 +89,7 @@ def _take(logits: jax.Array, ids: jax.Array) -> jax.Array:
 
 
 def _candidates(logits: jax.Array, chunk: dict) -> tuple[jax.Array, jax.Array]:
-  """Logits of the support's ids [B, C, S], FAR where an id is missing, and where the support holds [B, C]."""
+  """The support's logits [B, C, S], FAR for missing ids, and where the support holds [B, C]."""
   ids = chunk['support']
   logits = jnp.where(ids >= 0, _take(logits, jnp.maximum(ids, 0)), FAR)
   return logits, jnp.any((ids >= 0) & (ids == chunk['tokens'][..., None]), axis=-1)

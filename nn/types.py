@@ -1,7 +1,8 @@
 """What crosses folders: what can be read off a forward pass, the batch, and what a model returns.
 
 B rows, T positions, D model width, S ids of a truncated support, K depth of multi-token prediction.
-Index t is always about `tokens[:, t]`: `logp[:, t]` is the log-probability of `tokens[:, t]`. Only `nn/score.py` shifts.
+Index t is always about `tokens[:, t]`: `logp[:, t]` is the log-probability of `tokens[:, t]`. Only
+`nn/score.py` shifts.
 """
 
 import dataclasses
@@ -13,7 +14,7 @@ import jax
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Want:
-  """One thing to read off a forward pass. Ordered, so that a traced program never depends on hash order."""
+  """One thing to read off a forward pass. Ordered, so that tracing never depends on hash order."""
   kind: str          # logp, entropy, mtp, topk, at, fixed
   size: int = 0      # topk: k.  fixed: the token id
   ids: str = ''      # at: key of the batch data whose first array holds the ids, [B, T, k]
@@ -28,29 +29,34 @@ def topk(k: int) -> Want:
 
 
 def at(key: str) -> Want:
-  """Log-probabilities of the ids in `batch.data[key][0]`, and of all other ids together: ([B, T, k], [B, T])."""
+  """Log-probabilities of ids `batch.data[key][0]` and of the rest together: ([B, T, k], [B, T])."""
   return Want('at', ids=key)
 
 
 def fixed(token: int) -> Want:
-  """Log-probability of one id, and the log-normaliser of the logits of all others: ([B, T], [B, T])."""
+  """Log-probability of one id, and the log-normaliser of all other logits: ([B, T], [B, T])."""
   return Want('fixed', size=token)
 
 
 @flax.struct.dataclass
 class Batch:
-  """The rows of one optimiser step. A batch carries weights, not a mode: the loss is sum coef * sum(weight * value)."""
+  """The rows of one optimiser step.
+
+  A batch carries weights, not a mode: the loss is sum coef * sum(weight * value).
+  """
   tokens: jax.Array                  # [B, T] int32
   positions: jax.Array               # [B, T] int32, from 0 in every segment
   segments: jax.Array                # [B, T] int32; 0 is padding and nothing else
   masks: dict[str, jax.Array]        # {name: [B, T] float32 of 0 and 1}
   weights: dict[str, jax.Array]      # {term: [B, T] or [B] float32}
   coef: dict[str, jax.Array]         # {term: [] float32}
-  data: dict[str, Any]               # {label: arrays [B, T, ...]}: old, reference and teacher log-probabilities, ...
+  # {label: arrays [B, T, ...]}: old, reference and teacher log-probabilities, ...
+  data: dict[str, Any]
   temperature: jax.Array             # [] float32, divides the logits before every softmax
   use: jax.Array                     # [] int32, which use of these rows this is
   advantage: jax.Array | None = None  # [B, T] float32
-  support: jax.Array | None = None   # [B, T, S] int32, ids the sampler could choose from; -1 fills up, all -1: every id
+  # [B, T, S] int32, ids the sampler could choose from; -1 fills up, all -1: every id
+  support: jax.Array | None = None
 
 
 @flax.struct.dataclass
@@ -59,8 +65,10 @@ class Output:
   hidden: jax.Array                  # [B, T, D] in the compute dtype, after the final norm
   mtp_hidden: jax.Array | None = None                                     # [K, B, T, D]
   aux_loss: dict[str, jax.Array] = dataclasses.field(default_factory=dict)  # {name: []}
-  routes: dict[int, jax.Array] = dataclasses.field(default_factory=dict)    # {layer index: [B, T, top_k] int32}
-  load: dict[int, jax.Array] = dataclasses.field(default_factory=dict)      # {layer index: [experts] int32}, sums
+  # {layer index: [B, T, top_k] int32}
+  routes: dict[int, jax.Array] = dataclasses.field(default_factory=dict)
+  # {layer index: [experts] int32}, sums
+  load: dict[int, jax.Array] = dataclasses.field(default_factory=dict)
   metrics: dict[str, jax.Array] = dataclasses.field(default_factory=dict)   # {name: []}
 
 
@@ -68,8 +76,8 @@ class Output:
 class Cache:
   """The state of decoding. Rows are padded on the left, so that one slot index serves all rows.
 
-  layers: per-mixer states, nested like the parameters ({'head': .., 'blocks': .., 'tail': ..}; blocks stacked over
-    repeats, or a tuple of repeats where the model unrolls them).
+  layers: per-mixer states, nested like the parameters ({'head': .., 'blocks': .., 'tail': ..};
+    blocks stacked over repeats, or a tuple of repeats where the model unrolls them).
   """
   layers: dict[str, Any]
   start: jax.Array                   # [B] int32, first slot that is not padding

@@ -19,21 +19,23 @@ def compose(*methods: Method) -> Method:
 
 
 def ready(method: Method) -> Method:
-  """Drops what a coefficient of 0 switches off, sorts stages by slot, then refuses what makes no sense.
+  """Drops what coefficient 0 switches off, sorts stages by slot, then refuses what makes no sense.
 
-  Duplicates are looked for after dropping: a recipe may carry a term with coefficient 0 beside its replacement.
+  Duplicates are looked for after dropping: a recipe may carry a term with coefficient 0 beside its
+  replacement.
 
   Raises:
-    ValueError: names what does not fit: unknown slot, a stage on unknown terms, two stages or terms of one name,
-      a term before one it reads, not exactly one estimator for shapers, passes in `after`, two requests of one
-      label, a sampler mismatch counted twice.
+    ValueError: names what does not fit: unknown slot, a stage on unknown terms, two stages or terms
+      of one name, a term before one it reads, not exactly one estimator for shapers, passes in
+      `after`, two requests of one label, a sampler mismatch counted twice.
   """
   if strange := [s.name for s in method.stages if s.slot not in SLOTS]:
     raise ValueError(f'stages {strange} are in no known slot; slots are {SLOTS}')
   known = {t.name for t in method.terms}
   for stage in method.stages:
     if unknown := set(stage.on) - known:
-      raise ValueError(f'stage {stage.name!r} weights unknown terms {sorted(unknown)}; terms are {sorted(known)}')
+      raise ValueError(f'stage {stage.name!r} weights unknown terms {sorted(unknown)}; '
+                       f'terms are {sorted(known)}')
   terms = tuple(t for t in method.terms if callable(t.coef) or t.coef != 0)
   left = {t.name for t in terms}
   stages = (s for s in method.stages if not s.on or left & set(s.on))
@@ -81,5 +83,5 @@ def requests(method: Method) -> tuple:
 
 
 def wants(terms: tuple[Term, ...]) -> tuple[Want, ...]:
-  """What the terms read off the training forward. Sorted: a set's order differs between processes."""
+  """What the terms read off the training forward. Sorted: sets' order differs between processes."""
   return tuple(sorted({n for t in terms for n in t.needs if isinstance(n, Want)}))

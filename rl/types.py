@@ -1,6 +1,7 @@
 """The values an RL method is made of: frozen dataclasses, hashable where jit needs it, no pytrees.
 
-N rows of a rollout batch, n rows of one optimiser step, T positions. Everything named Record is numpy on the host.
+N rows of a rollout batch, n rows of one optimiser step, T positions. Everything named Record is
+numpy on the host.
 """
 
 import dataclasses
@@ -21,14 +22,17 @@ value = dataclasses.dataclass(frozen=True)
 
 @value
 class Source:
-  """Whose weights a pass uses: sampler (as recorded), policy (as they are in collect), reference, teacher, average."""
+  """Whose weights a pass uses.
+
+  sampler (as recorded), policy (as they are in collect), reference, teacher, average.
+  """
   name: str
   rate: float = 0.0                    # average: share of the new weights, once per rollout batch
 
 
 @value
 class Texts:
-  """Per row a tuple of parts: strings, which the driver encodes, or token ids, which are never encoded again."""
+  """Per row a tuple of parts: strings, which the driver encodes, or token ids, which never are."""
   prefix: tuple
   target: tuple | None = None          # None: the row's own response; results come back as [N, T]
 
@@ -62,7 +66,7 @@ class Generate:
 
 @value
 class Samples:
-  """What Generate returns: per row, token ids as encoded, sampled ids and their log-probabilities."""
+  """What Generate returns: per row, token ids as encoded, sampled ids, their log-probabilities."""
   prefix: tuple
   tokens: tuple
   logp: tuple
@@ -86,8 +90,8 @@ class Rows:
   """Sampled (or read) rows: prompt, response, then padding."""
   tokens: np.ndarray                   # [N, T] int32
   start: np.ndarray                    # [N] int32, where the response begins
-  end: np.ndarray                      # [N] int32, where it ends; never inferred from the padding id
-  logp: np.ndarray                     # [N, T] float32, as recorded by the sampler; 0 outside the response
+  end: np.ndarray                      # [N] int32, where it ends; not inferred from the padding id
+  logp: np.ndarray                     # [N, T] float32, recorded by the sampler; 0 outside response
   group: np.ndarray                    # [N] int64, rows of one prompt share a number
   support: np.ndarray | None = None    # [N, T, S] int32, see nn.types.Batch.support
   info: dict = dataclasses.field(default_factory=dict)      # {name: [N, ...]}
@@ -97,13 +101,14 @@ class Rows:
 class Record:
   """One step of an RL run, as the stages see it."""
   step: int
-  state: dict                          # {method: nested dict of arrays, numbers, strings}; checkpointed
-  sampling: dict = dataclasses.field(default_factory=dict)  # temperature, group, max_tokens, top_k, ...
-  prompts: tuple = ()                  # of dicts, one per group: 'tokens' (ids) and the fields of the data row
+  state: dict                          # {method: nested arrays, numbers, strings}; checkpointed
+  # temperature, group, max_tokens, top_k, ...
+  sampling: dict = dataclasses.field(default_factory=dict)
+  prompts: tuple = ()                  # a dict per group: 'tokens' (ids), fields of the data row
   rows: Rows | None = None
   keep: np.ndarray | None = None       # [N] bool, set by filters, whole groups; None: all
   masks: dict = dataclasses.field(default_factory=dict)     # {name: [N, T] float32}
-  reward: dict = dataclasses.field(default_factory=dict)    # {name: [N] float}, NaN: not active for this row
+  reward: dict = dataclasses.field(default_factory=dict)    # {name: [N] float}, NaN: inactive there
   advantage: np.ndarray | None = None  # [N, T] float32
   weight: dict = dataclasses.field(default_factory=dict)    # {term: [N, T] or [N]}; absent: 1
   results: dict = dataclasses.field(default_factory=dict)   # {request: arrays}
@@ -140,12 +145,12 @@ class Term:
   """One summand of the loss: coef * sum(aggregate(mask) * record.weight * value)."""
   name: str
   value: Callable                      # View -> ([n, T] or [n], {metric: same shape})
-  needs: tuple                         # Want: of the one training forward, with gradient; Score: data
+  needs: tuple                         # Want: of the training forward, with gradient; Score: data
   aggregate: Callable = token_mean     # mask [n, T] of one optimiser step -> weights [n, T] or [n]
   mask: str = 'train'
   coef: float | Callable = 1.0         # or Record -> float
   after: tuple = ()                    # terms whose detached values it reads in view.done
-  sums: Callable | None = None         # View -> {name: []}, additive over rows; totals come back in view.sums
+  sums: Callable | None = None         # View -> {name: []}, additive over rows; totals: view.sums
 
 
 @value

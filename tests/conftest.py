@@ -1,6 +1,6 @@
-"""Every test runs on 8 simulated CPU devices, and XLA does not try hard: tests compile much and compute little.
+"""Every test runs on 8 simulated CPU devices, and XLA does not try hard.
 
-Set before jax is imported.
+Tests compile much and compute little. Set before jax is imported.
 """
 
 import os
@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
-os.environ['NPROC'] = '16'               # with fewer threads than devices, collectives deadlock on small machines
-os.environ['XLA_FLAGS'] = (os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8').strip()
+# With fewer threads than devices, collectives deadlock on small machines.
+os.environ['NPROC'] = '16'
+os.environ['XLA_FLAGS'] = (
+    os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8').strip()
 os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = 'true'
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))

@@ -1,9 +1,11 @@
-"""Causal attention by plain matmuls on blocks of queries and keys: what a CPU runs, and any shape runs anywhere.
+"""Causal attention by plain matmuls on blocks of queries and keys.
 
-B rows, T positions, H query heads, G key/value heads, R = H / G, K head size, N blocks of C positions.
+What a CPU runs, and any shape runs anywhere. B rows, T positions, H query heads, G key/value heads,
+R = H / G, K head size, N blocks of C positions.
 
-Heads that share keys are folded into one matmul, [R C, K] x [K, C] for every row and group, and sums are divided by the
-softmax's denominator after the last product. Scores, softmax and sums are in float32, products in the dtype of q.
+Heads that share keys are folded into one matmul, [R C, K] x [K, C] for every row and group, and
+sums are divided by the softmax's denominator after the last product. Scores, softmax and sums are
+in float32, products in the dtype of q.
 """
 
 import functools
@@ -11,24 +13,30 @@ import functools
 import jax
 import jax.numpy as jnp
 
-FAR = -1e30                            # a score that is not seen: finite, so that no gradient is NaN
-SHORT = 128                            # positions up to which the weights are kept for the backward pass
+FAR = -1e30                            # a score that is not seen: finite, so no gradient is NaN
+SHORT = 128                            # positions up to which weights are kept for backward
 BLOCK = 32                             # positions of a block of queries in a short row
 LONG_BLOCK = 64                        # positions of a block in a long row; both measured
 
 
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, *, segments: jax.Array, scale: float) -> jax.Array:
+def attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, *, segments: jax.Array, scale: float,
+) -> jax.Array:
   """As `reference.attention`. No [B, H, T, T] array exists for rows longer than SHORT."""
   num_rows, length, num_groups, head_dim = k.shape
   # [B, G, R, T, K] and [B, G, T, K]
-  q = (q * scale).astype(q.dtype).reshape(num_rows, length, num_groups, -1, head_dim).transpose(0, 2, 3, 1, 4)
+  q = (q * scale).astype(q.dtype).reshape(
+      num_rows, length, num_groups, -1, head_dim).transpose(0, 2, 3, 1, 4)
   k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
   out = (short if length <= SHORT else long)(q, k, v, segments)
   return out.transpose(0, 3, 1, 2, 4).reshape(num_rows, length, -1, head_dim)
 
 
 def short(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
-  """[B, G, R, T, K], 2 x [B, G, T, K], [B, T] -> [B, G, R, T, K]: every block of queries against all keys before its end."""
+  """Every block of queries against all keys before its end.
+
+  [B, G, R, T, K], 2 x [B, G, T, K], [B, T] -> [B, G, R, T, K].
+  """
   length = k.shape[2]
   return jnp.concatenate([
       _rows(q[:, :, :, begin:end], k[:, :, :end], v[:, :, :end], segments[:, :end], begin)
@@ -45,17 +53,21 @@ def _rows(q, k, v, segments, begin):
   scores = jnp.where(seen, scores, FAR)
   weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
   total = jnp.sum(weights, axis=-1).reshape(q.shape[:-1])
-  sums = jnp.einsum('bgqs,bgsk->bgqk', weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+  sums = jnp.einsum(
+      'bgqs,bgsk->bgqk', weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
   real = (segments[:, begin:] != 0)[:, None, None]
   return (sums.reshape(q.shape) * jnp.where(real, 1 / total, 0)[..., None]).astype(q.dtype)
 
 
 def long(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
-  """`short`, with online softmax (arXiv:1805.02867) over blocks of keys, and weights computed again backward."""
+  """`short`, with online softmax (arXiv:1805.02867) over blocks of keys.
+
+  Weights are computed again backward.
+  """
   length = k.shape[2]
   pad = -length % LONG_BLOCK
 
-  def blocks(x, axis):                 # the block number comes first, so that one block lies together
+  def blocks(x, axis):                 # the block number first, so that one block lies together
     x = jnp.pad(x, [(0, pad if i == axis else 0) for i in range(x.ndim)])
     x = x.reshape(*x.shape[:axis], -1, LONG_BLOCK, *x.shape[axis + 1:])
     return jnp.moveaxis(x, axis, 0)
@@ -64,7 +76,8 @@ def long(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.A
   q = blocks(q, 3).reshape(-1, num_rows, num_groups, ratio * LONG_BLOCK, head_dim)
   out = _blockwise(q, blocks(k, 2), blocks(v, 2), blocks(segments, 1))
   out = out.reshape(-1, num_rows, num_groups, ratio, LONG_BLOCK, head_dim)
-  return jnp.moveaxis(out, 0, 3).reshape(num_rows, num_groups, ratio, -1, head_dim)[:, :, :, :length]
+  return jnp.moveaxis(out, 0, 3).reshape(
+      num_rows, num_groups, ratio, -1, head_dim)[:, :, :, :length]
 
 
 @jax.custom_vjp
@@ -74,9 +87,10 @@ def _blockwise(q, k, v, segments):
 
 
 def _scores(q, k, query_segments, key_segments, later):
-  """[B, G, R C, C] float32. later: whether the queries' block comes after the keys'; otherwise it is the same one."""
+  """[B, G, R C, C] float32. later: the queries' block is after the keys'; else it is the same."""
   size = k.shape[2]
-  seen = (later | jnp.tri(size, dtype=bool)) & (query_segments[:, :, None] == key_segments[:, None, :])
+  seen = ((later | jnp.tri(size, dtype=bool))
+          & (query_segments[:, :, None] == key_segments[:, None, :]))
   seen = jnp.tile(seen, (1, q.shape[2] // size, 1))[:, None]
   scores = jnp.einsum('bgqk,bgsk->bgqs', q, k, preferred_element_type=jnp.float32)
   return jnp.where(seen, scores, FAR)
@@ -92,7 +106,8 @@ def _blockwise_forward(q, k, v, segments):
       new_top = jnp.maximum(top, jnp.max(scores, axis=-1, keepdims=True))
       weights = jnp.exp(scores - new_top)
       fade = jnp.exp(top - new_top)
-      more = jnp.einsum('bgqs,bgsk->bgqk', weights.astype(v.dtype), v[j], preferred_element_type=jnp.float32)
+      more = jnp.einsum(
+          'bgqs,bgsk->bgqk', weights.astype(v.dtype), v[j], preferred_element_type=jnp.float32)
       return new_top, fade * total + jnp.sum(weights, axis=-1, keepdims=True), fade * sums + more
 
     # The diagonal first: every position sees itself, so that `top` is a real score from then on.
@@ -101,7 +116,8 @@ def _blockwise_forward(q, k, v, segments):
     top, total, sums = jax.lax.fori_loop(0, i, functools.partial(add, True), carry)
     real = jnp.tile(si != 0, (1, qi.shape[2] // si.shape[1]))[:, None, :, None]
     out = (sums * jnp.where(real, 1 / total, 0)).astype(q.dtype)
-    return out, jnp.where(real, top + jnp.log(total), -FAR)      # exp(score - (-FAR)) is 0: no gradient from padding
+    # exp(score - (-FAR)) is 0: no gradient from padding.
+    return out, jnp.where(real, top + jnp.log(total), -FAR)
 
   out, normaliser = jax.lax.map(rows, jnp.arange(q.shape[0]))
   return out, (q, k, v, segments, out, normaliser)

@@ -1,4 +1,7 @@
-"""Which implementation runs, and on which shard of the arrays. B rows, T positions, H query heads, G key/value heads, K head size."""
+"""Which implementation runs, and on which shard of the arrays.
+
+B rows, T positions, H query heads, G key/value heads, K head size.
+"""
 
 import functools
 from typing import NamedTuple
@@ -16,7 +19,8 @@ IMPLEMENTATIONS = {
     'gpu': gpu.attention,
 }
 KERNEL_PLATFORM = {'splash': 'tpu', 'gpu': 'gpu'}              # the others run everywhere
-# What 'auto' stands for: the kernels for rows of at least one block, with head sizes proved to compile.
+# What 'auto' stands for: the kernels for rows of at least one block, with head sizes proved to
+# compile.
 AUTO = {'cpu': 'chunked', 'tpu': 'splash', 'gpu': 'gpu'}
 SHORTEST, WIDEST = 128, 256            # positions, head size
 
@@ -29,7 +33,7 @@ class Axes(NamedTuple):
 
 
 def platform() -> str:
-  """cpu, tpu or gpu: of the ambient mesh, which may be one to compile for without having it, or else of this process."""
+  """cpu, tpu or gpu: of the ambient mesh (perhaps only to compile for), or else of this process."""
   device = jax.sharding.get_abstract_mesh().abstract_device
   return device.platform if device else jax.default_backend()
 
@@ -53,21 +57,26 @@ def attention(
     segments: [B, T] int32; 0 is padding, which gives zeros.
     scale: of the scores; K**-0.5 unless given.
     implementation: a name of IMPLEMENTATIONS, or 'auto', see `choose`.
-    axes: how the arrays are split over the ambient mesh. A kernel runs on each device's own rows and heads.
+    axes: how the arrays are split over the ambient mesh. A kernel runs on each device's own rows
+      and heads.
 
   Returns:
     [B, T, H, K] in q's dtype.
 
   Raises:
-    ValueError: shapes that do not fit; an implementation that does not exist, or not on this platform.
+    ValueError: shapes that do not fit; an implementation that does not exist, or not on this
+      platform.
   """
   rows, heads, groups = q.shape[:2], q.shape[2], k.shape[2]
-  if k.shape != v.shape or k.shape != (*rows, groups, q.shape[3]) or heads % groups or segments.shape != rows:
-    raise ValueError(f'q {q.shape}, k {k.shape}, v {v.shape}, segments {segments.shape} do not fit together')
+  if (k.shape != v.shape or k.shape != (*rows, groups, q.shape[3]) or heads % groups
+      or segments.shape != rows):
+    raise ValueError(
+        f'q {q.shape}, k {k.shape}, v {v.shape}, segments {segments.shape} do not fit together')
   if implementation == 'auto':
     implementation = choose(platform(), q.shape[1], q.shape[3])
   if implementation not in IMPLEMENTATIONS:
-    raise ValueError(f'unknown attention {implementation!r}; known are auto, {", ".join(IMPLEMENTATIONS)}')
+    raise ValueError(
+        f'unknown attention {implementation!r}; known are auto, {", ".join(IMPLEMENTATIONS)}')
   home = KERNEL_PLATFORM.get(implementation, platform())
   if platform() != home:
     raise ValueError(f'attention {implementation!r} runs on {home}, not on {platform()}')
@@ -78,8 +87,13 @@ def attention(
   return run(q, k, v, segments=segments)
 
 
-def per_device(run, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, axes: Axes) -> jax.Array:
-  """run(q, k, v, segments=...) on every device's rows and heads: the compiler cannot split a kernel by itself."""
+def per_device(
+    run, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, axes: Axes,
+) -> jax.Array:
+  """run(q, k, v, segments=...) on every device's rows and heads.
+
+  The compiler cannot split a kernel by itself.
+  """
   if jax.sharding.get_abstract_mesh().size <= 1:
     return run(q, k, v, segments=segments)
   if axes.kv_heads != axes.heads:      # a device's query heads may need any key head

@@ -1,11 +1,18 @@
-"""The definition of causal attention over packed rows. B rows, T positions, H query heads, G key/value heads, K head size."""
+"""The definition of causal attention over packed rows.
+
+B rows, T positions, H query heads, G key/value heads, K head size.
+"""
 
 import jax
 import jax.numpy as jnp
 
 
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, *, segments: jax.Array, scale: float) -> jax.Array:
-  """out[t, h] = sum_s p[s] v[s, g], p = softmax_s(scale q[t, h] . k[s, g]) over s <= t of t's segment, g = h // (H / G).
+def attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, *, segments: jax.Array, scale: float,
+) -> jax.Array:
+  """out[t, h] = sum_s p[s] v[s, g], p = softmax_s(scale q[t, h] . k[s, g]), g = h // (H / G).
+
+  Both are over s <= t of t's segment.
 
   Args:
     q: [B, T, H, K].
@@ -17,9 +24,11 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, *, segments: jax.Array, 
   """
   num_groups = k.shape[2]
   time = jnp.arange(q.shape[1])
-  seen = (time[:, None] >= time) & (segments[:, :, None] == segments[:, None, :]) & (segments != 0)[:, :, None]
+  seen = ((time[:, None] >= time) & (segments[:, :, None] == segments[:, None, :])
+          & (segments != 0)[:, :, None])
   q = q.reshape(*q.shape[:2], num_groups, -1, q.shape[3])
   scores = scale * jnp.einsum('btgrk,bsgk->bgrts', q, k, preferred_element_type=jnp.float32)
-  weights = jax.nn.softmax(jnp.where(seen[:, None, None], scores, -jnp.inf), axis=-1, where=seen[:, None, None])
+  weights = jax.nn.softmax(
+      jnp.where(seen[:, None, None], scores, -jnp.inf), axis=-1, where=seen[:, None, None])
   out = jnp.einsum('bgrts,bsgk->btgrk', weights, v.astype(jnp.float32))
   return out.reshape(*out.shape[:2], -1, out.shape[4]).astype(q.dtype)

@@ -1,7 +1,10 @@
-"""Causal attention on TPU by jax's splash kernel. B rows, T positions, H query heads, G key/value heads, K head size.
+"""Causal attention on TPU by jax's splash kernel.
 
-The kernel skips blocks of keys that lie ahead, reads each key head once for the queries that share it, and recomputes the
-weights backward. It wants whole blocks of positions: rows are padded with segment 0.
+B rows, T positions, H query heads, G key/value heads, K head size.
+
+The kernel skips blocks of keys that lie ahead, reads each key head once for the queries that share
+it, and recomputes the weights backward. It wants whole blocks of positions: rows are padded with
+segment 0.
 """
 
 import jax
@@ -10,11 +13,12 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
 LANES = 128                            # the smallest block of positions
-BLOCK = 512                            # the largest: bigger ones no longer pay, and scores must fit the chip's VMEM
+BLOCK = 512                            # the largest: more no longer pays, and scores must fit VMEM
 
 
 def attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, *, segments: jax.Array, scale: float, interpret: bool = False,
+    q: jax.Array, k: jax.Array, v: jax.Array, *, segments: jax.Array, scale: float,
+    interpret: bool = False,
 ) -> jax.Array:
   """As `reference.attention`. interpret: run the kernel's program by XLA, on any platform."""
   length, num_heads = q.shape[1:3]
@@ -22,11 +26,15 @@ def attention(
   size = min(length + pad, BLOCK)
   to_blocks = lambda x: jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, pad), (0, 0)))
   ids = jnp.pad(segments, ((0, 0), (0, pad)))
-  mask = masks.MultiHeadMask([masks.CausalMask((length + pad, length + pad)) for _ in range(num_heads)])
+  mask = masks.MultiHeadMask(
+      [masks.CausalMask((length + pad, length + pad)) for _ in range(num_heads)])
   sizes = splash.BlockSizes(
-      block_q=size, block_kv=size, block_q_dkv=size, block_kv_dkv=size, block_q_dq=size, block_kv_dq=size)
-  kernel = splash.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
+      block_q=size, block_kv=size, block_q_dkv=size, block_kv_dkv=size, block_q_dq=size,
+      block_kv_dq=size)
+  kernel = splash.make_splash_mha(
+      mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
   out = jax.vmap(kernel)(
-      to_blocks((q * scale).astype(q.dtype)), to_blocks(k), to_blocks(v), splash.SegmentIds(q=ids, kv=ids))
+      to_blocks((q * scale).astype(q.dtype)), to_blocks(k), to_blocks(v),
+      splash.SegmentIds(q=ids, kv=ids))
   # Padding positions see one another in the kernel.
   return jnp.where(segments[:, :, None, None] != 0, out[:, :, :length].swapaxes(1, 2), 0)

@@ -7,7 +7,8 @@ from data_samples import byte_level
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] "
-    "+ '<|im_end|>' + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+    "+ '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 
 LLAMA3 = (
     "{% for message in messages %}{% set content = '<|start_header_id|>' + message['role'] + "
@@ -102,7 +103,8 @@ def test_generation_blocks_say_what_is_trained_on():
 
 def test_a_generation_block_is_taken_to_its_end():
   made = Marked("{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}"
-                "{{ m.content + eos_token + ' ok' }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}", '<|eot_id|>')
+                "{{ m.content + eos_token + ' ok' }}{% endgeneration %}"
+                "{% else %}{{ m.content }}{% endif %}{% endfor %}", '<|eot_id|>')
   ids, mask = chat.encode(made, TALK)
   assert said(made, ids, mask) == ['2<|eot_id|> ok', 'Yes.<|eot_id|> ok']
 
@@ -164,10 +166,12 @@ def test_a_trained_byte_level_tokenizer_agrees_with_encoding_the_whole_text(tmp_
 
 def test_a_template_that_rewrites_earlier_turns_is_refused():
   forgetful = ("{% for m in messages %}{{ m.role }}:{% if loop.last or m.role == 'user' %}"
-               "{{ m.content }}{% endif %};{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}")
+               "{{ m.content }}{% endif %};{% endfor %}"
+               "{% if add_generation_prompt %}assistant:{% endif %}")
   made = tokenizer.Bytes(forgetful)
   chat.encode(made, TALK[1:3])
-  with pytest.raises(ValueError, match='message 2: .* writes the text up to this answer differently'):
+  with pytest.raises(
+      ValueError, match='message 2: .* writes the text up to this answer differently'):
     chat.encode(made, TALK)
 
 

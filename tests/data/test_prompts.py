@@ -94,7 +94,8 @@ def test_long_and_malformed_rows_are_left_out_and_counted():
 
 
 def test_a_wrong_field_name_is_an_error_at_once():
-  with pytest.raises(ValueError, match="field 'prompt' is missing; the row has \\['answer', 'question'\\]"):
+  with pytest.raises(
+      ValueError, match="field 'prompt' is missing; the row has \\['answer', 'question'\\]"):
     make(form=Format(kind='problem'))
 
 

@@ -1,4 +1,4 @@
-"""Readers: epochs, mixtures, resuming to the bit, any number of processes and workers, contracts."""
+"""Readers: epochs, mixtures, bitwise resuming, any number of processes and workers, contracts."""
 
 import json
 import threading
@@ -183,14 +183,17 @@ def test_a_source_of_which_every_row_is_dropped_is_an_error():
   rows = sources.Listed([{'prompt': 'x'}] * 5, 'bad')
   found = build.of_rows(rows, BYTES, form=PROBLEM, length=16, skip_bad_rows=True)
   made = make((Part('f', found),), packing_kind='pad', streams=1)
-  with pytest.raises(ValueError, match='all of 5 rows in succession were dropped; the last: bad, row'):
+  with pytest.raises(
+      ValueError, match='all of 5 rows in succession were dropped; the last: bad, row'):
     made.next()
   made.close()
 
 
 def test_a_wrong_field_name_is_an_error_before_the_first_batch():
   rows = sources.Listed([{'question': 'x', 'answer': 'y'}], 'list')
-  with pytest.raises(ValueError, match="list, row 0: field 'prompt' is missing; the row has \\['answer', 'question'\\]"):
+  with pytest.raises(
+      ValueError,
+      match="list, row 0: field 'prompt' is missing; the row has \\['answer', 'question'\\]"):
     make((Part('p', build.of_rows(rows, BYTES, form=PROBLEM, length=16)),), streams=1)
 
 

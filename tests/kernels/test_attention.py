@@ -1,6 +1,7 @@
-"""Every implementation of attention against the definition: values, all gradients, segments, padding, meshes.
+"""Every implementation of attention against the definition.
 
-B rows, T positions, H query heads, G key/value heads, K head size.
+Values, all gradients, segments, padding, meshes. B rows, T positions, H query heads, G key/value
+heads, K head size.
 """
 
 import functools
@@ -25,10 +26,11 @@ ROWS = 7
 
 
 def layouts(length):
-  """Rows of one segment; packed rows; padding on either side, in the middle, and nothing but padding: [7, T] int32."""
+  """[7, T] int32: one segment; packed; padding on either side, in the middle, and everywhere."""
   time = np.arange(length)
   packed = [1 + time * pieces // length for pieces in (2, 5)]
-  padded = [np.where(hole, 0, 1) for hole in (time < length // 3, time >= length // 2, time % 7 > 4, time >= 0)]
+  padded = [np.where(hole, 0, 1)
+            for hole in (time < length // 3, time >= length // 2, time % 7 > 4, time >= 0)]
   return jnp.asarray(np.stack([np.ones(length), *packed, *padded]), jnp.int32)
 
 
@@ -76,14 +78,16 @@ def test_reference_matches_loops_in_float64():
 
 
 @pytest.mark.parametrize('name, length', [
-    ('chunked', 1), ('chunked', 33), ('chunked', 128),         # rows whose weights are kept
-    ('chunked', 150), ('chunked', 192),                        # several blocks of a long row, whole and not
+    ('chunked', 1), ('chunked', 33), ('chunked', 128),  # rows whose weights are kept
+    ('chunked', 150), ('chunked', 192),                 # several blocks of a long row, whole or not
     ('splash', 1), ('splash', 130), ('gpu', 1), ('gpu', 130),
 ])
 def test_implementation_matches_reference_in_output_and_gradients(name, length):
   q, k, v, grad = inputs(length)
-  expected = pull(functools.partial(reference.attention, scale=0.35), q, k, v, grad, layouts(length))
-  actual = pull(functools.partial(IMPLEMENTATIONS[name], scale=0.35), q, k, v, grad, layouts(length))
+  expected = pull(
+      functools.partial(reference.attention, scale=0.35), q, k, v, grad, layouts(length))
+  actual = pull(
+      functools.partial(IMPLEMENTATIONS[name], scale=0.35), q, k, v, grad, layouts(length))
   assert_same(actual, expected, 1e-5)   # sums of up to 192 float32 products of size 1
 
 
@@ -96,12 +100,14 @@ def test_any_ratio_of_query_heads_to_key_heads(name, heads, groups):
   assert_same(actual, expected, 1e-5)
 
 
-@pytest.mark.parametrize('name, length', [('chunked', 60), ('chunked', 140), ('splash', 60), ('gpu', 60)])
+@pytest.mark.parametrize(
+    'name, length', [('chunked', 60), ('chunked', 140), ('splash', 60), ('gpu', 60)])
 def test_bfloat16_stays_within_its_roundings(name, length):
   q, k, v, grad = inputs(length, dtype=jnp.bfloat16)
   wide = [x.astype(jnp.float32) for x in (q, k, v, grad)]
   expected = pull(functools.partial(reference.attention, scale=0.35), *wide, layouts(length))
-  actual = pull(functools.partial(IMPLEMENTATIONS[name], scale=0.35), q, k, v, grad, layouts(length))
+  actual = pull(
+      functools.partial(IMPLEMENTATIONS[name], scale=0.35), q, k, v, grad, layouts(length))
   for a, e in zip(actual, expected, strict=True):
     assert a.dtype == jnp.bfloat16
     # Each number is a sum of products with entries rounded to 8 bits, a few times over.
@@ -109,7 +115,8 @@ def test_bfloat16_stays_within_its_roundings(name, length):
     assert np.sqrt(np.mean(error**2)) < 0.01 * np.sqrt(np.mean(np.asarray(e) ** 2))
 
 
-@pytest.mark.parametrize('name, length', [('chunked', 60), ('chunked', 140), ('splash', 60), ('gpu', 60)])
+@pytest.mark.parametrize(
+    'name, length', [('chunked', 60), ('chunked', 140), ('splash', 60), ('gpu', 60)])
 def test_extreme_scores_stay_finite(name, length):
   q, k, v, grad = inputs(length)
   actual = pull(functools.partial(IMPLEMENTATIONS[name], scale=1e4), q, k, v, grad, layouts(length))
@@ -117,18 +124,21 @@ def test_extreme_scores_stay_finite(name, length):
     assert np.isfinite(np.asarray(a)).all()
 
 
-@pytest.mark.parametrize('name, length', [('chunked', 60), ('chunked', 140), ('splash', 60), ('gpu', 60)])
+@pytest.mark.parametrize(
+    'name, length', [('chunked', 60), ('chunked', 140), ('splash', 60), ('gpu', 60)])
 def test_nothing_leaks_from_later_positions_other_segments_or_padding(name, length):
   q, k, v, grad = inputs(length, rows=3)
   segments = np.ones((3, length), np.int32)
   segments[:, 20:] = 2
   segments[:, 50:53] = 0
   grad = jnp.zeros_like(grad).at[:, 30].set(grad[:, 30])      # of position 30 alone
-  _, dq, dk, dv = pull(functools.partial(IMPLEMENTATIONS[name], scale=0.35), q, k, v, grad, jnp.asarray(segments))
+  _, dq, dk, dv = pull(
+      functools.partial(IMPLEMENTATIONS[name], scale=0.35), q, k, v, grad, jnp.asarray(segments))
   for gradient in (dk, dv):
     reached = np.abs(np.asarray(gradient)).max(axis=(0, 2, 3)) > 0
     np.testing.assert_array_equal(reached, (np.arange(length) >= 20) & (np.arange(length) <= 30))
-  np.testing.assert_array_equal(np.abs(np.asarray(dq)).max(axis=(0, 2, 3)) > 0, np.arange(length) == 30)
+  np.testing.assert_array_equal(
+      np.abs(np.asarray(dq)).max(axis=(0, 2, 3)) > 0, np.arange(length) == 30)
 
 
 def test_long_rows_never_hold_all_pairs():
@@ -157,7 +167,8 @@ def test_decoding_matches_the_last_row_of_the_definition(groups, length):
   # Two slots after the last one are not valid and hold what must not matter.
   spare = lambda x: jnp.pad(x, ((0, 0), (0, 2), (0, 0), (0, 0)), constant_values=1e9)
   actual = kernel.decode_attention(
-      q[:, -1], spare(k).transpose(0, 2, 3, 1), spare(v).swapaxes(1, 2), jnp.pad(valid, ((0, 0), (0, 2))), 0.35)
+      q[:, -1], spare(k).transpose(0, 2, 3, 1), spare(v).swapaxes(1, 2),
+      jnp.pad(valid, ((0, 0), (0, 2))), 0.35)
   np.testing.assert_allclose(actual, expected, atol=2e-6)
 
 
@@ -207,7 +218,8 @@ def test_kernels_on_a_mesh_run_on_each_device_s_rows_and_heads(name, groups, kv_
 
   mesh = jax.make_mesh((2, 2, 2), ('data', 'fsdp', 'model'), axis_types=(AxisType.Auto,) * 3)
   with jax.set_mesh(mesh):
-    place = lambda x: jax.device_put(x, jax.NamedSharding(mesh, PartitionSpec(('data', 'fsdp'), None)))
+    place = lambda x: jax.device_put(
+        x, jax.NamedSharding(mesh, PartitionSpec(('data', 'fsdp'), None)))
     actual = pull(attend, *map(place, (q, k, v, grad)), place(segments))
     assert actual[0].sharding.spec == PartitionSpec(('data', 'fsdp'), None, 'model')
   assert_same(actual, expected, 1e-5)
@@ -219,9 +231,11 @@ def test_the_compiler_splits_plain_matmuls_over_a_mesh_without_moving_rows_or_he
   segments = layouts(length)[1:5]
   attend = functools.partial(chunked.attention, scale=0.35)
   expected = pull(attend, q, k, v, grad, segments)
-  mesh = jax.make_mesh((2, 2), ('data', 'model'), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:4])
+  mesh = jax.make_mesh(
+      (2, 2), ('data', 'model'), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:4])
   with jax.set_mesh(mesh):
-    place = lambda x, *spec: jax.device_put(x, jax.NamedSharding(mesh, PartitionSpec('data', None, *spec)))
+    place = lambda x, *spec: jax.device_put(
+        x, jax.NamedSharding(mesh, PartitionSpec('data', None, *spec)))
     program = jax.jit(functools.partial(pull, attend)).lower(
         *(place(x, 'model') for x in (q, k, v, grad)), place(segments)).compile()
     actual = program(*(place(x, 'model') for x in (q, k, v, grad)), place(segments))

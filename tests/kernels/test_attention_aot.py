@@ -1,4 +1,4 @@
-"""The attention kernels, forward and backward, compiled for machines that are not here: TPU v5e and H200."""
+"""Attention kernels, forward and backward, compiled for machines not here: TPU v5e and H200."""
 
 import jax
 import jax.numpy as jnp
@@ -13,23 +13,28 @@ from tests import machines
 @pytest.mark.extras
 @pytest.mark.parametrize('target, name', [('v5e', 'splash'), ('h200', 'gpu')])
 @pytest.mark.parametrize('length, size, dtype', [
-    (37, 32, jnp.float32), (640, 64, jnp.bfloat16), (1024, 128, jnp.bfloat16), (128, 256, jnp.float32),
+    (37, 32, jnp.float32), (640, 64, jnp.bfloat16), (1024, 128, jnp.bfloat16),
+    (128, 256, jnp.float32),
 ])
 def test_kernels_compile(target, name, length, size, dtype):
   devices = np.array(machines.devices(target)[:4])
-  mesh = Mesh(devices.reshape(-1, 2 if len(devices) > 1 else 1), ('data', 'model'), axis_types=(AxisType.Auto,) * 2)
+  mesh = Mesh(devices.reshape(-1, 2 if len(devices) > 1 else 1), ('data', 'model'),
+              axis_types=(AxisType.Auto,) * 2)
   axes = kernel.Axes(batch=('data',), heads=('model',), kv_heads=('model',))
 
   def array(*shape, dtype=dtype, spec=('data', None, 'model')):
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(*spec[:len(shape)])))
+    return jax.ShapeDtypeStruct(
+        shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(*spec[:len(shape)])))
 
   def run(q, k, v, grad, segments):
-    attend = lambda *args: kernel.attention(*args, segments=segments, implementation=name, axes=axes)
+    attend = lambda *args: kernel.attention(
+        *args, segments=segments, implementation=name, axes=axes)
     out, back = jax.vjp(attend, q, k, v)
     return out, back(grad)
 
-  q, k, segments = array(4, length, 4, size), array(4, length, 2, size), array(4, length, dtype=jnp.int32, spec=('data', None))
+  q, k, segments = (array(4, length, 4, size), array(4, length, 2, size),
+                    array(4, length, dtype=jnp.int32, spec=('data', None)))
   with jax.set_mesh(mesh):
     program = jax.jit(run).lower(q, k, k, q, segments).compile().as_text()
-  assert program.count('custom_call_target=') >= 2     # forward and backward
-  assert 'all-gather' not in program                   # every device has all its rows and heads need
+  assert program.count('custom_call_target=') >= 2  # forward and backward
+  assert 'all-gather' not in program                # every device has all its rows and heads need

@@ -1,6 +1,6 @@
-"""Train step and decode loop of every shipped config, compiled for machines that are not here: TPU v5e and H200.
+"""Train step and decode loop of every shipped config, compiled for TPU v5e and H200.
 
-The compilers come as packages (the extra `aot`); nothing can be executed.
+They are not here: the compilers come as packages (the extra `aot`); nothing can be executed.
 """
 
 import runpy
@@ -21,9 +21,11 @@ from nn.types import Batch, Want
 from rl import methods, sample
 from rl.types import label
 
-CONFIGS = sorted(p for p in Path('configs').glob('*.py') if p.name not in ('__init__.py', 'base.py'))
+CONFIGS = sorted(
+    p for p in Path('configs').glob('*.py') if p.name not in ('__init__.py', 'base.py'))
 
-# Without the device XLA cannot try out tilings of its own Triton matmuls, and the one it assumes does not fit all shapes.
+# Without the device XLA cannot try out tilings of its own Triton matmuls, and the one it assumes
+# does not fit all shapes.
 OPTIONS = {'h200': {'xla_gpu_enable_triton_gemm': False}, 'v5e': {}}
 
 
@@ -33,7 +35,8 @@ def read(path):
 
 
 def placed(tree, shardings):
-  return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+  return jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
 
 
 def abstract_batch(mesh, terms, rows, length):
@@ -41,13 +44,14 @@ def abstract_batch(mesh, terms, rows, length):
   def leaf(shape, dtype):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=mesh_lib.sharding_of(shape, mesh))
   scores = {label(n) for t in terms for n in t.needs if not isinstance(n, Want)}
-  ints, floats, number = (rows, length, jnp.int32), (rows, length, jnp.float32), leaf((), jnp.float32)
+  ints, floats, number = (
+      (rows, length, jnp.int32), (rows, length, jnp.float32), leaf((), jnp.float32))
   plane = lambda spec: leaf(spec[:2], spec[2])
   return Batch(
-      tokens=plane(ints), positions=plane(ints), segments=plane(ints), masks={'train': plane(floats)},
-      weights={t.name: plane(floats) for t in terms}, coef={t.name: number for t in terms},
-      data={s: plane(floats) for s in sorted(scores)}, temperature=number, use=leaf((), jnp.int32),
-      advantage=plane(floats))
+      tokens=plane(ints), positions=plane(ints), segments=plane(ints),
+      masks={'train': plane(floats)}, weights={t.name: plane(floats) for t in terms},
+      coef={t.name: number for t in terms}, data={s: plane(floats) for s in sorted(scores)},
+      temperature=number, use=leaf((), jnp.int32), advantage=plane(floats))
 
 
 def compile_train_step(cfg, target, mesh, c, terms, rows, length):
@@ -58,11 +62,13 @@ def compile_train_step(cfg, target, mesh, c, terms, rows, length):
   params = param.abstract(specs, shardings)
   whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
   state = step_lib.TrainState(
-      jax.ShapeDtypeStruct((), jnp.int32, sharding=whole), params, placed(jax.eval_shape(tx.init, params), opt))
+      jax.ShapeDtypeStruct((), jnp.int32, sharding=whole), params,
+      placed(jax.eval_shape(tx.init, params), opt))
   train_step = step_lib.make_train_step(
       step_lib.make_loss(engine.make_forward(cfg), terms), tx, specs, c.microbatches)
   rate = jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)
-  with jax.set_mesh(mesh):               # not above: what runs there would run on devices that are not here
+  # Not above: what runs there would run on devices that are not here.
+  with jax.set_mesh(mesh):
     return jax.jit(train_step, donate_argnums=0).lower(
         state, abstract_batch(mesh, terms, rows, length), rate).compile(OPTIONS[target])
 
@@ -86,12 +92,14 @@ def test_train_steps_compile(path, target):
     kernel = {'splash': 'splash', 'gpu': 'triton'}.get(chosen)
     assert kernel is None or kernel in compiled.as_text()
     parameters = 4 * param.count(model.specs(cfg))
-    assert compiled.memory_analysis().alias_size_in_bytes > parameters, 'parameters and moments are donated'
+    assert compiled.memory_analysis().alias_size_in_bytes > parameters, (
+        'parameters and moments are donated')
 
 
 @pytest.mark.extras
 @pytest.mark.parametrize('target', ['v5e', 'h200'])
-@pytest.mark.parametrize('path', [p for p in CONFIGS if 'rl' in read(p)[0].phases], ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    'path', [p for p in CONFIGS if 'rl' in read(p)[0].phases], ids=lambda p: p.stem)
 def test_decode_loops_compile(path, target):
   config, cfg = read(path)
   c = config.rl
@@ -103,11 +111,13 @@ def test_decode_loops_compile(path, target):
 
   def draw(params, tokens, start, keys):
     return sample.sample(
-        decoder, model.prepare(params, cfg), tokens, start, jax.random.wrap_key_data(keys), group=c.group,
+        decoder, model.prepare(params, cfg), tokens, start, jax.random.wrap_key_data(keys),
+        group=c.group,
         sampling=sample.Sampling(max_tokens=c.max_tokens, temperature=c.temperature, eos=(1,)))
 
   leaf = lambda dtype, *shape: jax.ShapeDtypeStruct((c.prompts, *shape), dtype, sharding=rows)
   with jax.set_mesh(mesh):
     compiled = jax.jit(draw).lower(
-        params, leaf(jnp.int32, c.max_prompt), leaf(jnp.int32), leaf(jnp.uint32, 2)).compile(OPTIONS[target])
+        params, leaf(jnp.int32, c.max_prompt), leaf(jnp.int32),
+        leaf(jnp.uint32, 2)).compile(OPTIONS[target])
   assert 'while' in compiled.as_text()

@@ -62,7 +62,8 @@ def failed(monkeypatch, capsys, tmp_path):
     ('rl.reward_weights.exakt=2', "'exakt'; did you mean 'exact'?"),
     ('eval.reward=', "eval.reward: which of ['digits', 'exact'] says that an answer is right?"),
     ('eval.reward=exakt', "'exakt'; did you mean 'exact'?"),
-    ('checkpoint.best_metric=eval/loss1', "measure ['eval/accuracy', 'eval/loss', 'eval/token_accuracy']"),
+    ('checkpoint.best_metric=eval/loss1',
+     "measure ['eval/accuracy', 'eval/loss', 'eval/token_accuracy']"),
     ('sft.until=eval/los<=1', "sft.until is 'eval/los<=1'; the evaluations of this phase measure "
      "['eval/accuracy', 'eval/loss', 'eval/token_accuracy']"),
     ('rl.until=accuracy>0.9', "rl.until is 'accuracy>0.9', wanted a metric of an evaluation and a"),

@@ -1,4 +1,7 @@
-"""The driver of a rollout: passes are shared, groups stay whole, batches keep their shape, alignment survives contexts."""
+"""The driver of a rollout.
+
+Passes are shared, groups stay whole, batches keep their shape, alignment survives contexts.
+"""
 
 import dataclasses
 
@@ -10,15 +13,20 @@ from launch import rollout
 from nn.types import ENTROPY, LOGP
 from rl import compose, pieces
 from rl.types import (
-    OLD, POLICY, REFERENCE, SAMPLER, Context, Generate, Method, Record, Rows, Score, Source, Stage, Term, Texts, label)
+    OLD, POLICY, REFERENCE, SAMPLER, Context, Generate, Method, Record, Rows, Score, Source, Stage,
+    Term, Texts, label)
 
 V, GROUP, PROMPTS = 7, 4, 3
 KEY = jax.random.key(0)
-TABLE = {name: np.random.default_rng(seed).normal(size=(V, V)) for seed, name in enumerate(('policy', 'reference'))}
+TABLE = {name: np.random.default_rng(seed).normal(size=(V, V))
+         for seed, name in enumerate(('policy', 'reference'))}
 
 
 def logp_of(table, tokens):
-  """Log-probability of every token after the one before it, and entropy; index t is about tokens[:, t]."""
+  """Log-probability of every token after the one before it, and entropy.
+
+  Index t is about tokens[:, t].
+  """
   z = table[tokens[:, :-1] % V]
   z = z - np.log(np.exp(z).sum(-1, keepdims=True))
   taken = np.take_along_axis(z, tokens[:, 1:, None] % V, 2)[..., 0]
@@ -36,8 +44,10 @@ def engine(log):
     tokens = rng.integers(0, V, (len(begin), 16 + sampling['max_tokens'])).astype(np.int32)
     for n, b in enumerate(begin):
       tokens[n, :b], tokens[n, end[n]:] = prompts[n // group], 0
-    logp = rollout.place(logp_of(TABLE['policy'], tokens)[LOGP], begin, begin, end - begin, tokens.shape[1])
-    return Rows(tokens, begin, end, logp, np.repeat(np.arange(len(prompts)), group), info={'stopped': end > 0})
+    logp = rollout.place(
+        logp_of(TABLE['policy'], tokens)[LOGP], begin, begin, end - begin, tokens.shape[1])
+    return Rows(tokens, begin, end, logp, np.repeat(np.arange(len(prompts)), group),
+                info={'stopped': end > 0})
 
   def score(source, tokens, end, support, data, wants, temperature):
     log.append(('score', source.name, tuple(w.kind for w in wants)))
@@ -46,13 +56,18 @@ def engine(log):
   return rollout.Engine(sample, lambda text: [ord(c) % V for c in text], score)
 
 
-def task(rewards=lambda rows, attempt: rows.tokens[:, -1] * 0 + np.arange(len(rows.start)) % 2, attempts=None):
+def task(
+    rewards=lambda rows, attempt: rows.tokens[:, -1] * 0 + np.arange(len(rows.start)) % 2,
+    attempts=None,
+):
   attempts = [] if attempts is None else attempts
 
   def ask(record):
     cursor = record.state['prompts']['cursor']
     prompts = tuple({'tokens': [1 + (cursor + i) % 5] * (2 + i)} for i in range(PROMPTS))
-    return dataclasses.replace(record, prompts=prompts, state=record.state | {'prompts': {'cursor': cursor + PROMPTS}})
+    return dataclasses.replace(
+        record, prompts=prompts,
+        state=record.state | {'prompts': {'cursor': cursor + PROMPTS}})
 
   def answer(record, engine, key):
     rows = engine.sample(POLICY, [p['tokens'] for p in record.prompts], GROUP, record.sampling, key)
@@ -67,9 +82,11 @@ def task(rewards=lambda rows, attempt: rows.tokens[:, -1] * 0 + np.arange(len(ro
 
 
 def collect(method, log=None, rewards=None, num_rows=PROMPTS * GROUP, refills=3, **options):
-  record = Record(5, {'prompts': {'cursor': 0}} | method.state, {'temperature': 1.0, 'max_tokens': 6})
+  record = Record(
+      5, {'prompts': {'cursor': 0}} | method.state, {'temperature': 1.0, 'max_tokens': 6})
   made = task(rewards) if rewards else task()
-  return rollout.collect(method, engine([] if log is None else log), made, record, num_rows, KEY, refills, **options)
+  return rollout.collect(
+      method, engine([] if log is None else log), made, record, num_rows, KEY, refills, **options)
 
 
 GRPO = compose.compose(pieces.group_advantage(), pieces.policy())
@@ -79,7 +96,9 @@ def test_scores_of_one_source_are_one_pass():
   log = []
   extra = Term('h', lambda v: (v.given[LOGP], {}), (LOGP, Score(POLICY, ENTROPY)))
   record = collect(compose.ready(compose.compose(GRPO, pieces.kl(), Method(terms=(extra,)))), log)
-  assert log == [('sample', 'policy', PROMPTS), ('score', 'policy', ('entropy', 'logp')), ('score', 'reference', ('logp',))]
+  assert log == [
+      ('sample', 'policy', PROMPTS), ('score', 'policy', ('entropy', 'logp')),
+      ('score', 'reference', ('logp',))]
   np.testing.assert_allclose(record.results[OLD], record.rows.logp, atol=1e-6)
 
 
@@ -98,19 +117,23 @@ def test_a_stage_still_gets_its_pass():
 
 
 def test_results_stand_where_the_response_stands_whatever_the_context():
-  told = Score(POLICY, LOGP, Context('told', lambda r: Texts(tuple(('abc', row[:s].tolist()) for row, s in zip(
-      r.rows.tokens, r.rows.start)))))
+  told = Score(POLICY, LOGP, Context('told', lambda r: Texts(tuple(
+      ('abc', row[:s].tolist()) for row, s in zip(r.rows.tokens, r.rows.start)))))
   term = Term('t', lambda v: (v.given[LOGP], {}), (LOGP, told))
   record = collect(compose.ready(compose.compose(GRPO, Method(terms=(term,)))))
   train = record.masks['train'] > 0
-  # The toy policy sees one token back, so only the text just before the response could matter, and it is the same.
-  np.testing.assert_allclose(record.results[told], np.where(train, record.results[OLD], 0), atol=1e-6)
+  # The toy policy sees one token back, so only the text just before the response could matter, and
+  # it is the same.
+  np.testing.assert_allclose(
+      record.results[told], np.where(train, record.results[OLD], 0), atol=1e-6)
 
 
 def test_own_targets_come_back_from_the_start():
   answer = Score(POLICY, LOGP, Context('answer', lambda r: Texts(
-      tuple((row[:s].tolist(),) for row, s in zip(r.rows.tokens, r.rows.start)), tuple(('ab',) for _ in r.rows.start))))
-  record = collect(compose.ready(compose.compose(GRPO, Method(stages=(Stage('x', 'add', lambda r: r, (answer,)),)))))
+      tuple((row[:s].tolist(),) for row, s in zip(r.rows.tokens, r.rows.start)),
+      tuple(('ab',) for _ in r.rows.start))))
+  record = collect(compose.ready(compose.compose(
+      GRPO, Method(stages=(Stage('x', 'add', lambda r: r, (answer,)),)))))
   got, row = record.results[answer], record.rows.tokens[0, :record.rows.start[0]]
   whole = np.array([[*row, ord('a') % V, ord('b') % V]])
   assert got.shape == (PROMPTS * GROUP, 2)
@@ -118,17 +141,19 @@ def test_own_targets_come_back_from_the_start():
 
 
 def test_extra_generation_feeds_a_context():
-  ask = Generate(POLICY, Context('ask', lambda r: Texts(tuple((row[:e].tolist(), '?') for row, e in zip(
-      r.rows.tokens, r.rows.end)))), 3)
+  ask = Generate(POLICY, Context('ask', lambda r: Texts(tuple(
+      (row[:e].tolist(), '?') for row, e in zip(r.rows.tokens, r.rows.end)))), 3)
   seen = []
 
   def look(record):
     seen.append(record.results[ask])
     return record
 
-  record = collect(compose.ready(compose.compose(GRPO, Method(stages=(Stage('look', 'add', look, (ask,)),)))))
+  record = collect(compose.ready(compose.compose(
+      GRPO, Method(stages=(Stage('look', 'add', look, (ask,)),)))))
   samples, = seen
-  assert len(samples.tokens) == len(record.rows.start) and all(1 <= len(t) <= 3 for t in samples.tokens)
+  assert (len(samples.tokens) == len(record.rows.start)
+          and all(1 <= len(t) <= 3 for t in samples.tokens))
   assert samples.prefix[0] == (*record.rows.tokens[0, :record.rows.end[0]].tolist(), ord('?') % V)
 
 
@@ -136,7 +161,8 @@ def only_mixed(record):
   return dataclasses.replace(record, keep=pieces.differs(record.reward['task'], record.rows.group))
 
 
-FILTERED = compose.ready(compose.compose(GRPO, Method(stages=(Stage('mixed', 'filter', only_mixed),))))
+FILTERED = compose.ready(compose.compose(
+    GRPO, Method(stages=(Stage('mixed', 'filter', only_mixed),))))
 
 
 def first_group_mixed(rows, attempt):
@@ -150,7 +176,8 @@ def test_filters_ask_for_more_until_whole_groups_fill_the_batch():
   log = []
   record = collect(FILTERED, log, first_group_mixed, num_rows=2 * GROUP, refills=5)
   assert [kind for kind, *_ in log].count('sample') == 2
-  assert len(np.unique(record.rows.group)) == 2 and (np.bincount(record.rows.group)[[0, PROMPTS]] == GROUP).all()
+  assert (len(np.unique(record.rows.group)) == 2
+          and (np.bincount(record.rows.group)[[0, PROMPTS]] == GROUP).all())
   assert record.state['prompts']['cursor'] == 2 * PROMPTS
   assert record.notes['rows_filtered'] == 2 * 2 * GROUP and record.notes['rows_missing'] == 0
   assert record.notes['seen'] == 2 * PROMPTS * GROUP, 'counts of all draws add up'
@@ -159,12 +186,16 @@ def test_filters_ask_for_more_until_whole_groups_fill_the_batch():
 def test_too_few_rows_keep_the_shape_and_teach_nothing():
   record = collect(FILTERED, None, first_group_mixed, num_rows=3 * GROUP, refills=1)
   assert record.notes['rows_missing'] == GROUP and len(record.rows.start) == 3 * GROUP
-  assert record.masks['train'][:2 * GROUP].any(1).all() and not record.masks['train'][2 * GROUP:].any()
+  assert (record.masks['train'][:2 * GROUP].any(1).all()
+          and not record.masks['train'][2 * GROUP:].any())
   full = collect(FILTERED, None, first_group_mixed, num_rows=2 * GROUP, refills=1)
   small, = rollout.minibatches(FILTERED, full, 1, 1, 0)
   large, = rollout.minibatches(FILTERED, record, 1, 1, 0)
-  np.testing.assert_allclose(small.weights['policy'].sum(), large.weights['policy'].sum(), rtol=1e-6)
-  np.testing.assert_allclose((small.weights['policy'] * small.advantage).sum(), (large.weights['policy'] * large.advantage).sum(), atol=1e-6)
+  np.testing.assert_allclose(
+      small.weights['policy'].sum(), large.weights['policy'].sum(), rtol=1e-6)
+  np.testing.assert_allclose(
+      (small.weights['policy'] * small.advantage).sum(),
+      (large.weights['policy'] * large.advantage).sum(), atol=1e-6)
   assert np.isfinite(large.advantage).all()
 
 
@@ -183,7 +214,8 @@ def test_draws_of_a_step_and_of_two_steps_differ():
 
 
 def test_whole_groups():
-  np.testing.assert_array_equal(rollout.whole_groups(np.array([9, 9, 3, 3, 3, 5, 5]), 4), [0, 1, 5, 6])
+  np.testing.assert_array_equal(
+      rollout.whole_groups(np.array([9, 9, 3, 3, 3, 5, 5]), 4), [0, 1, 5, 6])
   np.testing.assert_array_equal(rollout.whole_groups(np.array([3, 9, 3, 9]), 2), [0, 2])
 
 
@@ -191,10 +223,12 @@ def test_whole_groups():
 def test_minibatches_are_complete_and_weighted_by_themselves(parts, uses):
   record = collect(compose.ready(GRPO))
   batches = list(rollout.minibatches(compose.ready(GRPO), record, parts, uses, 0))
-  assert len(batches) == parts * uses and [int(b.use) for b in batches] == [u for u in range(uses) for _ in range(parts)]
+  assert (len(batches) == parts * uses
+          and [int(b.use) for b in batches] == [u for u in range(uses) for _ in range(parts)])
   for u in range(uses):
     rows = np.concatenate([b.tokens for b in batches[u * parts:(u + 1) * parts]])
-    np.testing.assert_array_equal(np.sort(rows.view(np.uint32).sum(1)), np.sort(record.rows.tokens.sum(1)))
+    np.testing.assert_array_equal(
+        np.sort(rows.view(np.uint32).sum(1)), np.sort(record.rows.tokens.sum(1)))
   for b in batches:
     np.testing.assert_allclose(b.weights['policy'].sum(), 1, rtol=1e-6)
     np.testing.assert_array_equal(b.data[label(OLD)] != 0, b.masks['train'] > 0)
@@ -229,7 +263,8 @@ def test_segments_end_where_the_row_ends():
 def test_parity_measures_the_gap():
   record = collect(compose.ready(GRPO))
   assert rollout.parity(record)['parity/max'] < 1e-6
-  moved = dataclasses.replace(record, rows=dataclasses.replace(record.rows, logp=record.rows.logp - 0.25))
+  moved = dataclasses.replace(
+      record, rows=dataclasses.replace(record.rows, logp=record.rows.logp - 0.25))
   np.testing.assert_allclose(rollout.parity(moved)['parity/mean'], 0.25, rtol=1e-5)
 
 

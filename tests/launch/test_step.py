@@ -1,4 +1,7 @@
-"""The train step: microbatches and devices change nothing, a bad step changes nothing, sums are of the whole step."""
+"""The train step.
+
+Microbatches and devices change nothing, a bad step changes nothing, sums are of the whole step.
+"""
 
 import dataclasses
 
@@ -15,7 +18,8 @@ from nn.types import LOGP, Batch, Output
 from rl.types import OLD, Term, label, token_mean
 
 N, T, V = 8, 6, 5
-SPECS = {'w': Spec((V, V), ('vocab', 'embed'), param.normal(0.5)), 'b': Spec((V,), ('embed',), param.normal(0.5), trainable=False)}
+SPECS = {'w': Spec((V, V), ('vocab', 'embed'), param.normal(0.5)),
+         'b': Spec((V,), ('embed',), param.normal(0.5), trainable=False)}
 
 
 def forward(params, batch, wants):
@@ -37,9 +41,11 @@ def batch_of(terms, seed=0, **changes):
   old = -rng.random((N, T)).astype(np.float32)
   inside = np.ones((N, T), np.int32)
   batch = Batch(
-      tokens=rng.integers(0, V, (N, T)).astype(np.int32), positions=inside, segments=inside, masks={'train': mask},
-      weights={t.name: t.aggregate(mask).astype(np.float32) for t in terms}, coef={t.name: np.float32(t.coef) for t in terms},
-      data={label(OLD): old}, temperature=np.float32(1), use=np.int32(0))
+      tokens=rng.integers(0, V, (N, T)).astype(np.int32), positions=inside, segments=inside,
+      masks={'train': mask},
+      weights={t.name: t.aggregate(mask).astype(np.float32) for t in terms},
+      coef={t.name: np.float32(t.coef) for t in terms}, data={label(OLD): old},
+      temperature=np.float32(1), use=np.int32(0))
   return dataclasses.replace(batch, **changes)
 
 
@@ -47,19 +53,22 @@ def rate_given():
   """Plain gradient descent at the rate it is told."""
   return optax.GradientTransformationExtraArgs(
       lambda params: optax.EmptyState(),
-      lambda g, s, p=None, *, learning_rate, **extra: (jax.tree.map(lambda x: -learning_rate * x, g), s))
+      lambda g, s, p=None, *, learning_rate, **extra: (
+          jax.tree.map(lambda x: -learning_rate * x, g), s))
 
 
 NLL = Term('nll', nll, (LOGP,))
 # A ratio of sums over the whole optimiser step, as OCC's coefficient is.
-RATIO = Term('ratio', lambda v: (v.sums['a'] / v.sums['b'] * v.given[LOGP], {}), (LOGP, OLD), coef=0.5,
-             sums=lambda v: {'a': jnp.sum(v.mask * v.given[LOGP] * v.given[OLD]), 'b': jnp.sum(v.mask)})
+RATIO = Term(
+    'ratio', lambda v: (v.sums['a'] / v.sums['b'] * v.given[LOGP], {}), (LOGP, OLD), coef=0.5,
+    sums=lambda v: {'a': jnp.sum(v.mask * v.given[LOGP] * v.given[OLD]), 'b': jnp.sum(v.mask)})
 PARAMS = param.init(jax.random.key(1), SPECS)
 
 
 def gradient(terms, microbatches, batch=None, params=PARAMS):
   batch = batch_of(terms) if batch is None else batch
-  return jax.jit(step_lib.make_gradient(step_lib.make_loss(forward, terms), SPECS, microbatches))(params, batch)
+  return jax.jit(step_lib.make_gradient(
+      step_lib.make_loss(forward, terms), SPECS, microbatches))(params, batch)
 
 
 def test_gradient_by_hand():
@@ -69,7 +78,9 @@ def test_gradient_by_hand():
   expected, loss = np.zeros((V, V)), 0.0
   for n in range(N):
     for t in range(1, T):
-      before, token, weight = batch.tokens[n, t - 1], batch.tokens[n, t], batch.masks['train'][n, t] / batch.masks['train'].sum()
+      before, token, weight = (
+          batch.tokens[n, t - 1], batch.tokens[n, t],
+          batch.masks['train'][n, t] / batch.masks['train'].sum())
       p = np.exp(w[before] + b) / np.exp(w[before] + b).sum()
       expected[before] += weight * (p - np.eye(V)[token])
       loss -= weight * np.log(p[token])
@@ -88,7 +99,8 @@ def test_microbatches_change_nothing(terms, microbatches):
 
 @pytest.mark.parametrize('microbatches', [1, 8])
 def test_what_a_term_reports_is_a_mean_whatever_its_weights_sum_to(microbatches):
-  term = dataclasses.replace(NLL, value=lambda v: (-v.given[LOGP], {'late': jnp.arange(T) * v.mask}))
+  term = dataclasses.replace(
+      NLL, value=lambda v: (-v.given[LOGP], {'late': jnp.arange(T) * v.mask}))
   batch = batch_of((term,))
   mask = batch.masks['train']
   expected = (mask * np.arange(T)).sum() / mask.sum()
@@ -101,7 +113,8 @@ def test_what_a_term_reports_is_a_mean_whatever_its_weights_sum_to(microbatches)
 
 def test_sums_of_a_microbatch_would_be_another_loss():
   """The law above is not empty: with sums of every microbatch by itself the gradient differs."""
-  alone = dataclasses.replace(RATIO, sums=None, value=lambda v: RATIO.value(dataclasses.replace(v, sums=RATIO.sums(v))))
+  alone = dataclasses.replace(RATIO, sums=None, value=lambda v: RATIO.value(
+      dataclasses.replace(v, sums=RATIO.sums(v))))
   gap = gradient((NLL, RATIO), 1)[0]['w'] - gradient((NLL, alone), 8)[0]['w']
   assert np.abs(gap).max() > 1e-3
 
@@ -117,15 +130,20 @@ def test_sums_carry_no_gradient():
 
 def test_eight_devices_change_nothing():
   mesh = jax.make_mesh((8,), ('data',), axis_types=(jax.sharding.AxisType.Auto,))
-  rows, every = (jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*p)) for p in (('data',), ()))
+  rows, every = (jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*p))
+                 for p in (('data',), ()))
   batch = batch_of((NLL, RATIO))
   spread = jax.device_put(batch, jax.tree.map(lambda x: rows if np.ndim(x) else every, batch))
-  one, eight = gradient((NLL, RATIO), 1, batch), gradient((NLL, RATIO), 1, spread, jax.device_put(PARAMS, every))
+  one, eight = (gradient((NLL, RATIO), 1, batch),
+                gradient((NLL, RATIO), 1, spread, jax.device_put(PARAMS, every)))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), one, eight)
 
 
 def test_old_without_a_pass_is_the_forward_itself():
-  """Where collect made no pass for OLD, it is the detached forward: the ratio is 1 and its gradient that of logp."""
+  """Where collect made no pass for OLD, it is the detached forward.
+
+  The ratio is 1 and its gradient that of logp.
+  """
   term = Term('ratio', lambda v: (-jnp.exp(v.given[LOGP] - v.given[OLD]), {}), (LOGP, OLD))
   batch = batch_of((term,), data={})
   grads, metrics = gradient((term,), 1, batch)
@@ -155,7 +173,8 @@ def test_sums_over_values_that_need_sums_are_refused():
 
 def step_once(batch, microbatches=1):
   tx = optax.chain(optax.scale_by_adam(), rate_given())
-  train_step = jax.jit(step_lib.make_train_step(step_lib.make_loss(forward, (NLL,)), tx, SPECS, microbatches))
+  train_step = jax.jit(step_lib.make_train_step(
+      step_lib.make_loss(forward, (NLL,)), tx, SPECS, microbatches))
   state = step_lib.TrainState(jnp.int32(0), PARAMS, tx.init(param.split(PARAMS, SPECS)[0]))
   return state, *train_step(state, batch, np.float32(0.1))
 
@@ -180,7 +199,8 @@ def test_a_step_that_is_not_finite_changes_nothing(bad, microbatches):
 def test_pairs_stay_together_in_microbatches():
   """The partner of row i is row i + n/2, before and after the split."""
   pair = np.tile(np.arange(N // 2), 2)
-  parts = step_lib.split(batch_of((NLL,), use=np.int32(0), tokens=np.repeat(pair[:, None], T, 1)), 2)
+  parts = step_lib.split(
+      batch_of((NLL,), use=np.int32(0), tokens=np.repeat(pair[:, None], T, 1)), 2)
   for part in np.asarray(parts.tokens):
     np.testing.assert_array_equal(part[:len(part) // 2], part[len(part) // 2:])
 

@@ -33,8 +33,8 @@ def get_config():
   c.eval.reward = ''
   return c
 '''
-TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% generation %}{{ m['content'] }}<|im_end|>"
-            "{% endgeneration %}\n{% endfor %}")
+TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+            "{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}\n{% endfor %}")
 
 
 def write_tokenizer(folder):
@@ -46,7 +46,8 @@ def write_tokenizer(folder):
       vocab_size=280, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
       special_tokens=['<|im_start|>', '<|im_end|>']))
   made.save(str(folder / 'tokenizer.json'))
-  (folder / 'tokenizer_config.json').write_text(json.dumps({'eos_token': '<|im_end|>', 'chat_template': TEMPLATE}))
+  (folder / 'tokenizer_config.json').write_text(
+      json.dumps({'eos_token': '<|im_end|>', 'chat_template': TEMPLATE}))
 
 
 def test_three_phases_on_a_users_files(tmp_path):

@@ -13,7 +13,9 @@ from nn.types import Batch
 
 def config(**changes) -> ModelConfig:
   """A layer that stands alone and two under the scan."""
-  sizes = dict(vocab_size=40, embed_dim=16, num_heads=4, num_kv_heads=2, head_dim=4, ffw_dim=24, max_length=256)
+  sizes = dict(
+      vocab_size=40, embed_dim=16, num_heads=4, num_kv_heads=2, head_dim=4, ffw_dim=24,
+      max_length=256)
   return ModelConfig(**(sizes | dict(head=('attention',), repeats=2, qk_norm=True) | changes))
 
 
@@ -22,7 +24,10 @@ FULL_STACK = dict(pattern=('attention', ('attention', 'mlp')), tail=('attention'
 
 
 def params(cfg: ModelConfig, seed: int = 0) -> dict:
-  """Parameters of visible size, gains included: with those of `init` most mistakes would drown in the residual."""
+  """Parameters of visible size, gains included.
+
+  With those of `init` most mistakes would drown in the residual.
+  """
   rng = np.random.default_rng(seed)
   def draw(a):
     return jnp.asarray(rng.standard_normal(a.shape) * 0.4 + (a.ndim < 2), jnp.float32)
@@ -37,8 +42,10 @@ def batch(tokens, segments=None, **fields) -> Batch:
   for t in range(1, tokens.shape[1]):
     positions[:, t] = np.where(segments[:, t] == segments[:, t - 1], positions[:, t - 1] + 1, 0)
   as_int = lambda x: jnp.asarray(x, jnp.int32)
-  defaults = dict(masks={}, weights={}, coef={}, data={}, temperature=jnp.float32(1), use=jnp.int32(0))
-  return Batch(tokens=as_int(tokens), positions=as_int(positions), segments=as_int(segments), **(defaults | fields))
+  defaults = dict(
+      masks={}, weights={}, coef={}, data={}, temperature=jnp.float32(1), use=jnp.int32(0))
+  return Batch(tokens=as_int(tokens), positions=as_int(positions), segments=as_int(segments),
+               **(defaults | fields))
 
 
 def tokens(rows: int, length: int, vocab_size: int = 40, seed: int = 0) -> np.ndarray:

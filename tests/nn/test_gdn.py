@@ -1,4 +1,7 @@
-"""The linear-attention mixer alone and in hybrid stacks: by hand, packed, padded, streamed, sharded, warm-started."""
+"""The linear-attention mixer alone and in hybrid stacks.
+
+By hand, packed, padded, streamed, sharded, warm-started.
+"""
 
 import dataclasses
 import functools
@@ -19,9 +22,14 @@ HYBRID = dict(pattern=('gdn', 'attention'), rope_theta=0.0)
 
 
 def config(variant='fg2_plus', **options):
-  """Two key heads, four value heads, K = 4; V differs from it where the variant lets it. Short chunks compile fast."""
-  sizes = dict(num_heads=4, num_key_heads=2, key_dim=4, value_dim=4 if variant == 'fg2' else 6, chunk=4)
-  model_options = {name: options.pop(name) for name in list(options) if name not in GDN.__dataclass_fields__}
+  """Two key heads, four value heads, K = 4; V differs from it where the variant lets it.
+
+  Short chunks compile fast.
+  """
+  sizes = dict(
+      num_heads=4, num_key_heads=2, key_dim=4, value_dim=4 if variant == 'fg2' else 6, chunk=4)
+  model_options = {
+      name: options.pop(name) for name in list(options) if name not in GDN.__dataclass_fields__}
   layers = dict(head=(), repeats=1, pattern=('gdn',)) | model_options
   return tiny.config(gdn=GDN(variant=variant, **(sizes | options)), **layers)
 
@@ -72,7 +80,8 @@ def by_hand(p, cfg, x):
     return np.tensordot(x[t] @ p[f'{name}_down'], p[f'{name}_up'], 1)
 
   def stream(name, t):
-    z = sum(p[f'{name}_conv'][g.conv - 1 - back] * project(name, t - back) for back in range(min(g.conv, t + 1)))
+    z = sum(p[f'{name}_conv'][g.conv - 1 - back] * project(name, t - back)
+            for back in range(min(g.conv, t + 1)))
     z = z * sigmoid(z)
     return z / np.sqrt((z**2).sum(-1, keepdims=True) + 1e-6) if name in 'qk' else z
 
@@ -86,7 +95,8 @@ def by_hand(p, cfg, x):
     for h in range(heads):
       kh, qh = k[h // (heads // key_heads)], q[h // (heads // key_heads)]
       z = f[h] if g.variant == 'gdn' else f[h]
-      log_decay = g.lower_bound * sigmoid(rate[h] * z) if g.lower_bound else -rate[h] * np.log1p(np.exp(z))
+      log_decay = (g.lower_bound * sigmoid(rate[h] * z) if g.lower_bound
+                   else -rate[h] * np.log1p(np.exp(z)))
       decay = np.exp(log_decay) * np.ones(key)
       two = 2.0 if g.negative else 1.0
       if g.variant in ('gdn', 'kda'):
@@ -148,7 +158,8 @@ def test_packed_rows_equal_separate_ones():
   tokens, weights = tiny.tokens(1, 20), draw(1, 20)
   packed = tiny.batch(tokens, np.where(np.arange(20) < 10, 1, 2)[None])
   logp, grad = logp_and_grad(params, cfg, packed, weights)
-  apart_logp, apart_grad = logp_and_grad(params, cfg, tiny.batch(tokens.reshape(2, 10)), weights.reshape(2, 10))
+  apart_logp, apart_grad = logp_and_grad(
+      params, cfg, tiny.batch(tokens.reshape(2, 10)), weights.reshape(2, 10))
   np.testing.assert_allclose(logp.reshape(2, 10), apart_logp, atol=3e-5)
   assert_trees_close(grad, apart_grad, 3e-5)
 
@@ -161,7 +172,8 @@ def test_a_packed_document_does_not_depend_on_its_neighbour_in_a_single_bit(vari
   apply = jax.jit(gdn.apply, static_argnums=1)
   y = apply(params, cfg, x, None, segments)
   for first in (True, False):
-    changed = apply(params, cfg, jnp.where((jnp.arange(16) < 7)[:, None] == first, other, x), None, segments)
+    changed = apply(
+        params, cfg, jnp.where((jnp.arange(16) < 7)[:, None] == first, other, x), None, segments)
     same = slice(7, None) if first else slice(None, 7)
     np.testing.assert_array_equal(changed[:, same], y[:, same])
     assert (np.asarray(changed) != y).any()
@@ -187,10 +199,14 @@ def test_padding_leaves_output_states_and_gradients_alone(before, after):
   assert_trees_close(same, state, 1e-5)
 
 
-@pytest.mark.parametrize('segments', [[1] * 14, [1] * 5 + [2] * 6 + [0] * 3, [4] * 9 + [2] * 5, [0] * 2 + [1] * 12])
+@pytest.mark.parametrize(
+    'segments', [[1] * 14, [1] * 5 + [2] * 6 + [0] * 3, [4] * 9 + [2] * 5, [0] * 2 + [1] * 12])
 @pytest.mark.parametrize('cut', [1, 6, 9, 13])
 def test_two_parts_with_a_carried_state_are_the_whole(segments, cut):
-  """The second part begins with the segment the first ended in, or with another: then with an empty state."""
+  """The second part begins with the segment the first ended in, or with another.
+
+  With another it begins with an empty state.
+  """
   cfg = config()
   params, x = single(cfg), draw(2, 14, 16)
   segments = jnp.broadcast_to(jnp.array(segments), (2, 14))
@@ -206,8 +222,8 @@ def test_two_parts_with_a_carried_state_are_the_whole(segments, cut):
 
 
 @pytest.mark.parametrize('variant, unroll, prepared', [
-    ('gdn', False, False), ('kda', True, True), ('fg2', False, True), ('fg2_plus', False, False), ('fg2_plus', True, True),
-    ('gdn2', False, True)])
+    ('gdn', False, False), ('kda', True, True), ('fg2', False, True), ('fg2_plus', False, False),
+    ('fg2_plus', True, True), ('gdn2', False, True)])
 def test_prefill_and_steps_equal_forward(variant, unroll, prepared):
   cfg = config(variant, unroll=unroll, **HYBRID | dict(repeats=2, tail=('gdn',)))
   params = tiny.params(cfg)
@@ -242,13 +258,15 @@ def test_attention_without_positions_does_not_read_them():
   cfg = config(**HYBRID)
   params, rows = tiny.params(cfg), tiny.batch(tiny.tokens(2, 9))
   other = rows.replace(positions=rows.positions[:, ::-1])
-  np.testing.assert_array_equal(tiny.forward(params, cfg, rows).hidden, tiny.forward(params, cfg, other).hidden)
+  np.testing.assert_array_equal(
+      tiny.forward(params, cfg, rows).hidden, tiny.forward(params, cfg, other).hidden)
 
 
 @pytest.mark.parametrize('logit', [-100.0, 100.0])
 def test_gradients_are_finite_where_a_gate_is_shut_or_open(logit):
   cfg = config()
-  params = single(cfg) | {'beta_k_bias': jnp.full((4, 4), logit), 'beta_v_bias': jnp.full((4, 6), logit)}
+  params = single(cfg) | {
+      'beta_k_bias': jnp.full((4, 4), logit), 'beta_v_bias': jnp.full((4, 6), logit)}
   total = lambda p, x: jnp.sum(gdn.apply(p, cfg, x, None, jnp.ones((1, 9), jnp.int32)) ** 2)
   grads = jax.jit(jax.grad(total, argnums=(0, 1)))(params, draw(1, 9, 16))
   assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
@@ -261,13 +279,15 @@ def test_learning_rates_begin_around_a_half_and_decays_where_the_papers_put_them
   a, dt = np.exp(params['decay_log']), np.log1p(np.exp(params['decay_bias']))
   assert (0 if variant == 'gdn' else 1) <= a.min() < 4 and 12 < a.max() <= 16
   assert 1e-3 * 0.99 < dt.min() < 2e-3 and 0.05 < dt.max() < 0.1 * 1.01
-  assert all((np.asarray(params[n]) == 0).all() for n in params if n.startswith('beta') and n.endswith('bias'))
+  assert all((np.asarray(params[n]) == 0).all()
+             for n in params if n.startswith('beta') and n.endswith('bias'))
 
 
 MESHES = {
     'rows and heads': ({'data': 2, 'fsdp': 2, 'model': 2}, {}),
     'key heads do not divide': ({'data': 2, 'model': 4}, {'kv_heads': ()}),
-    'time': ({'data': 2, 'model': 4}, dict(time=('model',), heads=(), kv_heads=(), ffw=(), vocab=())),
+    'time': ({'data': 2, 'model': 4},
+             dict(time=('model',), heads=(), kv_heads=(), ffw=(), vocab=())),
 }
 
 
@@ -284,7 +304,8 @@ def test_a_hybrid_stack_on_a_mesh_equals_one_device(name):
 
   mesh = jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
   split = tuple(a for a in ('data', 'fsdp', 'expert') if a in axes)
-  put = lambda x: jax.device_put(x, NamedSharding(mesh, PartitionSpec(split) if x.ndim else PartitionSpec()))
+  put = lambda x: jax.device_put(
+      x, NamedSharding(mesh, PartitionSpec(split) if x.ndim else PartitionSpec()))
   with jax.set_mesh(mesh):
     given = jax.device_put(params, param.shardings(model.specs(cfg), mesh, dict(cfg.rules)))
     split_logp, split_grads = logp_and_grad(given, cfg, *jax.tree.map(put, (rows, weights)))
@@ -311,7 +332,8 @@ def test_decoding_on_a_mesh_equals_one_device():
     hidden, cache = jax.jit(decode)(given, *jax.device_put((tokens, start), rows))
   np.testing.assert_allclose(hidden, expected, atol=2e-5)
   state = cache.layers['blocks']['0']['state']
-  assert state.sharding.is_equivalent_to(NamedSharding(mesh, PartitionSpec(None, ('data', 'fsdp'), 'model')), 5)
+  assert state.sharding.is_equivalent_to(
+      NamedSharding(mesh, PartitionSpec(None, ('data', 'fsdp'), 'model')), 5)
 
 
 @pytest.mark.parametrize('options, message', [
@@ -319,7 +341,8 @@ def test_decoding_on_a_mesh_equals_one_device():
     (dict(gate='tanh'), "model.gdn.gate is 'tanh', wanted silu or sigmoid"),
     (dict(conv=0), 'model.gdn.conv is 0'),
     (dict(lower_bound=5.0), 'model.gdn.lower_bound is 5.0'),
-    (dict(num_heads=4, num_key_heads=3), 'num_heads 4 is not a multiple of model.gdn.num_key_heads 3'),
+    (dict(num_heads=4, num_key_heads=3),
+     'num_heads 4 is not a multiple of model.gdn.num_key_heads 3'),
     (dict(variant='fg2', value_dim=6), 'key_dim 4 and value_dim 6 must be equal'),
     (dict(gate_rank=-2), 'model.gdn.gate_rank is -2'),
     (dict(head=('attention',), pattern=('attention',)), 'no layer has the mixer gdn')])

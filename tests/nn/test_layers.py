@@ -41,7 +41,8 @@ def test_rotation_by_hand():
 
 def test_rotated_products_depend_on_distance_only():
   q, k = draw(1, 1, 16), draw(1, 1, 16, seed=1)
-  product = lambda i, j: jnp.vdot(rope.rotate(q, jnp.array([i]), 1e4), rope.rotate(k, jnp.array([j]), 1e4))
+  product = lambda i, j: jnp.vdot(
+      rope.rotate(q, jnp.array([i]), 1e4), rope.rotate(k, jnp.array([j]), 1e4))
   np.testing.assert_allclose(product(9, 4), product(105, 100), rtol=1e-4)
   assert abs(product(9, 4) - product(9, 5)) > 0.01
 
@@ -50,11 +51,13 @@ def test_rotation_of_a_late_position_in_bfloat16_is_rounded_once():
   x = draw(1, 2, 16).astype(jnp.bfloat16)
   late = jnp.array([1001])
   exact = rope.rotate(x.astype(jnp.float32), late, 1e4)
-  np.testing.assert_array_equal(rope.rotate(x, late, 1e4).astype(jnp.float32), exact.astype(jnp.bfloat16))
+  np.testing.assert_array_equal(
+      rope.rotate(x, late, 1e4).astype(jnp.float32), exact.astype(jnp.bfloat16))
 
 
 @pytest.mark.parametrize('num_inputs, x_shape, w_shape', [
-    (1, (2, 3, 5), (5, 7)), (1, (2, 3, 5), (5, 2, 4)), (2, (2, 3, 4, 2), (4, 2, 6)), (1, (3, 5), (5, 7)),
+    (1, (2, 3, 5), (5, 7)), (1, (2, 3, 5), (5, 2, 4)), (2, (2, 3, 4, 2), (4, 2, 6)),
+    (1, (3, 5), (5, 7)),
 ])
 def test_products_and_their_gradients_equal_autodiff(num_inputs, x_shape, w_shape):
   x, w = draw(*x_shape), draw(*w_shape, seed=1)
@@ -77,7 +80,8 @@ def test_logits_and_their_gradients_equal_autodiff():
 
 
 def test_bfloat16_products_keep_the_weight_gradient_in_float32():
-  x, w, grad = draw(64, 8).astype(jnp.bfloat16), draw(8, 6, seed=1), draw(64, 6, seed=2).astype(jnp.bfloat16)
+  x, w, grad = (draw(64, 8).astype(jnp.bfloat16), draw(8, 6, seed=1),
+                draw(64, 6, seed=2).astype(jnp.bfloat16))
   exact = np.asarray(x, np.float64).T @ np.asarray(grad, np.float64)
   dx, dw = jax.vjp(linear.linear, x, w)[1](grad)
   assert dx.dtype == jnp.bfloat16 and dw.dtype == jnp.float32

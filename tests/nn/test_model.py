@@ -1,4 +1,7 @@
-"""Laws of the decoder: causality, packing, padding, the cache, and that layout and recomputation change nothing."""
+"""Laws of the decoder: causality, packing, padding, the cache.
+
+And that layout and recomputation change nothing.
+"""
 
 import dataclasses
 import functools
@@ -21,7 +24,8 @@ def assert_close(actual, expected, rtol=1e-5):
   for name, e in flat_expected.items():
     e = np.asarray(e, np.float32)
     np.testing.assert_allclose(
-        np.asarray(flat_actual[name], np.float32), e, rtol=0, atol=rtol * max(np.abs(e).max(), 1e-6), err_msg=name)
+        np.asarray(flat_actual[name], np.float32), e, rtol=0,
+        atol=rtol * max(np.abs(e).max(), 1e-6), err_msg=name)
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -90,7 +94,8 @@ def test_forward_matches_plain_numpy():
   rows = tiny.batch(tiny.tokens(2, 7))
   hidden = tiny.forward(params, cfg, rows).hidden
   for b in range(2):
-    np.testing.assert_allclose(hidden[b], by_hand(params, cfg, np.asarray(rows.tokens[b])), atol=2e-5)
+    np.testing.assert_allclose(
+        hidden[b], by_hand(params, cfg, np.asarray(rows.tokens[b])), atol=2e-5)
 
 
 def test_only_distances_between_positions_matter():
@@ -105,7 +110,8 @@ def test_only_distances_between_positions_matter():
 def test_no_position_depends_on_a_later_token():
   cfg = tiny.config(tied=False)
   params = tiny.params(cfg)
-  rows = tiny.batch(np.arange(12)[None])          # every token once, so that embeddings tell positions apart
+  # Every token once, so that embeddings tell positions apart.
+  rows = tiny.batch(np.arange(12)[None])
 
   def at_seven(table):
     return jnp.sum(tiny.forward(params | {'embed': {'table': table}}, cfg, rows).hidden[0, 7] ** 3)
@@ -124,7 +130,8 @@ def test_packed_rows_equal_separate_ones(length):
   apart = tiny.batch(tokens.reshape(2, cut))
 
   hidden = tiny.forward(params, cfg, packed).hidden
-  np.testing.assert_allclose(hidden.reshape(2, cut, -1), tiny.forward(params, cfg, apart).hidden, atol=2e-5)
+  np.testing.assert_allclose(
+      hidden.reshape(2, cut, -1), tiny.forward(params, cfg, apart).hidden, atol=2e-5)
   loss, grad = loss_and_grad(params, cfg, packed, weights)
   apart_loss, apart_grad = loss_and_grad(params, cfg, apart, weights.reshape(2, cut))
   np.testing.assert_allclose(loss, apart_loss, rtol=1e-5)
@@ -171,7 +178,8 @@ def test_a_repeated_cache_continues_every_copy(unroll):
   cfg = tiny.config(unroll=unroll)
   params = tiny.params(cfg)
   tokens, start = jnp.asarray(tiny.tokens(2, 5)), jnp.array([0, 3])
-  _, cache = jax.jit(functools.partial(model.prefill, cfg=cfg, length=8))(params, tokens=tokens, start=start)
+  _, cache = jax.jit(functools.partial(model.prefill, cfg=cfg, length=8))(
+      params, tokens=tokens, start=start)
   step = jax.jit(functools.partial(model.step, cfg=cfg))
   next_tokens = jnp.array([1, 2, 3, 4, 5, 6])
 
@@ -202,7 +210,8 @@ def test_scan_unrolled_loop_and_single_entries_are_one_model():
   weights = draw_weights((2, 10))
   loss, grad = loss_and_grad(params, cfg, rows, weights)
 
-  unrolled_loss, unrolled_grad = loss_and_grad(params, dataclasses.replace(cfg, unroll=True), rows, weights)
+  unrolled_loss, unrolled_grad = loss_and_grad(
+      params, dataclasses.replace(cfg, unroll=True), rows, weights)
   np.testing.assert_allclose(unrolled_loss, loss, rtol=1e-5)
   assert_close(unrolled_grad, grad)
 
@@ -218,7 +227,8 @@ def test_what_is_recomputed_changes_no_gradient(remat, unroll):
   params = tiny.params(cfg)
   rows, weights = tiny.batch(tiny.tokens(2, 10)), draw_weights((2, 10))
   loss, grad = loss_and_grad(params, cfg, rows, weights)
-  other_loss, other_grad = loss_and_grad(params, dataclasses.replace(cfg, remat=remat), rows, weights)
+  other_loss, other_grad = loss_and_grad(
+      params, dataclasses.replace(cfg, remat=remat), rows, weights)
   np.testing.assert_allclose(other_loss, loss, rtol=1e-6)
   assert_close(other_grad, grad)
 
@@ -229,7 +239,8 @@ def test_remat_keeps_less():
     rows = jax.eval_shape(lambda: tiny.batch(tiny.tokens(4, 32)))
     params = param.abstract(model.specs(cfg))
     weights = jax.ShapeDtypeStruct((4, 32), jnp.float32)
-    forward = lambda p, b, w: jax.vjp(lambda p: jnp.sum(w * model.forward(p, cfg, b.tokens, b.positions, b.segments).hidden[..., 0]), p)[1]
+    forward = lambda p, b, w: jax.vjp(lambda p: jnp.sum(w * model.forward(
+        p, cfg, b.tokens, b.positions, b.segments).hidden[..., 0]), p)[1]
     return sum(x.size for x in jax.tree.leaves(jax.eval_shape(forward, params, rows, weights)))
   full, dots, none = kept('full'), kept('dots'), kept('none')
   assert full < 0.8 * dots < 0.8 * none
@@ -241,11 +252,13 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32_gradients():
   rows, weights = tiny.batch(tiny.tokens(4, 20)), draw_weights((4, 20))
   assert tiny.forward(params, cfg, rows).hidden.dtype == jnp.bfloat16
   loss, grad = loss_and_grad(params, cfg, rows, weights)
-  exact_loss, exact_grad = loss_and_grad(params, dataclasses.replace(cfg, dtype='float32'), rows, weights)
+  exact_loss, exact_grad = loss_and_grad(
+      params, dataclasses.replace(cfg, dtype='float32'), rows, weights)
   np.testing.assert_allclose(loss, exact_loss, rtol=0.02)
   for name, g in param.flat(grad).items():
     assert g.dtype == jnp.float32
-    if name != 'embed/table' and g.ndim > 1 and 'norm' not in name:      # products; the others are sums of rounded terms
+    # Products; the others are sums of rounded terms.
+    if name != 'embed/table' and g.ndim > 1 and 'norm' not in name:
       assert np.any(np.asarray(g) != np.asarray(g.astype(jnp.bfloat16).astype(jnp.float32))), name
     e = np.asarray(param.flat(exact_grad)[name])
     assert np.linalg.norm(g - e) < 0.1 * np.linalg.norm(e), name
@@ -269,7 +282,9 @@ def test_rows_longer_than_the_model_are_refused():
   start = jax.ShapeDtypeStruct((1,), jnp.int32)
   for length, match in ((9, '9 tokens are longer'), (8, '9 slots does not fit')):
     with pytest.raises(ValueError, match=match):
-      jax.eval_shape(lambda p, r, s, n=length: model.prefill(p, cfg, r[:, :9 if n == 8 else 4], s, n), params, rows, start)
+      jax.eval_shape(
+          lambda p, r, s, n=length: model.prefill(p, cfg, r[:, :9 if n == 8 else 4], s, n),
+          params, rows, start)
 
 
 def test_what_layers_report_is_collected_by_index_and_name(monkeypatch):
@@ -281,7 +296,8 @@ def test_what_layers_report_is_collected_by_index_and_name(monkeypatch):
     def apply(params, cfg, x, segments):
       y, _ = block.FFNS['mlp'].apply(params, cfg, x, segments)
       size = jnp.sum(params['gate'])
-      return y, {'aux_loss': {'balance': size}, 'metrics': {'size': size}, 'routes': segments[..., None]}
+      return y, {'aux_loss': {'balance': size}, 'metrics': {'size': size},
+                 'routes': segments[..., None]}
 
   monkeypatch.setitem(block.FFNS, 'reporting', Reporting)
   for unroll in (False, True):
@@ -297,16 +313,21 @@ def test_what_layers_report_is_collected_by_index_and_name(monkeypatch):
 
 
 def test_flops_by_hand():
-  cfg = ModelConfig(vocab_size=10, embed_dim=6, num_heads=4, num_kv_heads=2, head_dim=2, ffw_dim=5, repeats=3)
-  projections = 2 * 6 * (8 + 4 + 4 + 8)           # q, k, v, o
-  scores = 2 * 2 * 8 * 20 // 2                    # queries by keys, weights by values, half of 20 positions each
+  cfg = ModelConfig(
+      vocab_size=10, embed_dim=6, num_heads=4, num_kv_heads=2, head_dim=2, ffw_dim=5, repeats=3)
+  projections = 2 * 6 * (8 + 4 + 4 + 8)  # q, k, v, o
+  scores = 2 * 2 * 8 * 20 // 2           # queries by keys, weights by values, half of 20 positions
   assert model.flops(cfg, 20) == 3 * (3 * (projections + scores + 2 * 3 * 6 * 5) + 2 * 6 * 10)
 
 
 def test_flops_are_what_the_compiler_counts():
-  cfg = tiny.config(vocab_size=256, embed_dim=128, num_heads=4, head_dim=32, ffw_dim=256, unroll=True, attention='reference')
+  cfg = tiny.config(
+      vocab_size=256, embed_dim=128, num_heads=4, head_dim=32, ffw_dim=256, unroll=True,
+      attention='reference')
   rows = jax.eval_shape(lambda: tiny.batch(tiny.tokens(4, 16)))
   weights = jax.ShapeDtypeStruct((4, 16), jnp.float32)
-  counted = loss_and_grad.lower(param.abstract(model.specs(cfg)), cfg, rows, weights).cost_analysis()['flops']
-  # The compiler adds elementwise work, the reference's upper triangle, and the logits computed again backward.
+  counted = loss_and_grad.lower(
+      param.abstract(model.specs(cfg)), cfg, rows, weights).cost_analysis()['flops']
+  # The compiler adds elementwise work, the reference's upper triangle, and the logits computed
+  # again backward.
   assert 1.0 < counted / (4 * 16 * model.flops(cfg, 16)) < 1.12

@@ -1,4 +1,7 @@
-"""Scores against float64 log-softmax: every kind, temperature, supports, chunks; and what a train step never holds."""
+"""Scores against float64 log-softmax: every kind, temperature, supports, chunks.
+
+And what a train step never holds.
+"""
 
 import dataclasses
 
@@ -16,7 +19,8 @@ CFG = tiny.config(vocab_size=17, embed_dim=8)
 WANTS = (LOGP, ENTROPY, at('teacher'), fixed(3), topk(4))
 # Two segments and padding; a row that starts with padding.
 SEGMENTS = np.array([[1, 1, 1, 2, 2, 2, 2, 0, 0], [0, 0, 1, 1, 1, 1, 1, 1, 1]])
-INSIDE = np.array([[0, 1, 1, 0, 1, 1, 1, 0, 0], [0, 0, 0, 1, 1, 1, 1, 1, 1]], bool)   # has something to predict from
+# Where there is something to predict from.
+INSIDE = np.array([[0, 1, 1, 0, 1, 1, 1, 0, 0], [0, 0, 0, 1, 1, 1, 1, 1, 1]], bool)
 LENGTH = SEGMENTS.shape[1]
 
 
@@ -26,17 +30,23 @@ def example(**fields):
   params = {'embed': {'table': jnp.asarray(rng.standard_normal((17, 8)), jnp.float32)}}
   hidden = jnp.asarray(rng.standard_normal((2, LENGTH, 8)), jnp.float32)
   ids = np.stack([rng.permutation(17)[:3] for _ in range(2 * LENGTH)]).reshape(2, LENGTH, 3)
-  rows = tiny.batch(tiny.tokens(2, LENGTH, 17), SEGMENTS, data={'teacher': (jnp.asarray(ids),)}, **fields)
+  rows = tiny.batch(
+      tiny.tokens(2, LENGTH, 17), SEGMENTS, data={'teacher': (jnp.asarray(ids),)}, **fields)
   return params, hidden, rows
 
 
 def scores(params, hidden, rows, wants, cfg=CFG):
-  return jax.jit(lambda p, h, b: score.score(p, cfg, Output(hidden=h), b, wants))(params, hidden, rows)
+  return jax.jit(lambda p, h, b: score.score(p, cfg, Output(hidden=h), b, wants))(
+      params, hidden, rows)
 
 
 def logp64(params, hidden, temperature=1.0):
-  """Log-probabilities of the token at each index given the one before: [2, 9, 17] float64; index 0 is not to be used."""
-  logits = np.asarray(hidden, np.float64) @ np.asarray(params['embed']['table'], np.float64).T / temperature
+  """Log-probabilities of the token at each index given the one before: [2, 9, 17] float64.
+
+  Index 0 is not to be used.
+  """
+  logits = (np.asarray(hidden, np.float64)
+            @ np.asarray(params['embed']['table'], np.float64).T / temperature)
   logits = np.roll(logits, 1, axis=1)
   top = logits.max(axis=-1, keepdims=True)
   return logits - top - np.log(np.exp(logits - top).sum(axis=-1, keepdims=True)), logits
@@ -88,24 +98,31 @@ def test_a_support_renormalises_log_probability_and_entropy(chunk):
   allowed = whole[..., None] | (np.arange(17) == support[..., None]).any(axis=2)
   share = np.where(allowed, np.exp(logp), 0)
   share /= share.sum(axis=-1, keepdims=True)
-  out = scores(params, hidden, rows.replace(support=jnp.asarray(support)), (LOGP, ENTROPY, fixed(3)),
-               dataclasses.replace(CFG, score_chunk=chunk))
+  out = scores(
+      params, hidden, rows.replace(support=jnp.asarray(support)), (LOGP, ENTROPY, fixed(3)),
+      dataclasses.replace(CFG, score_chunk=chunk))
   check(out[LOGP], np.log(np.take_along_axis(share, tokens[..., None], -1)[..., 0]))
-  check(out[ENTROPY], -np.where(share > 0, share * np.log(np.maximum(share, 1e-300)), 0).sum(axis=-1))
+  check(out[ENTROPY],
+        -np.where(share > 0, share * np.log(np.maximum(share, 1e-300)), 0).sum(axis=-1))
   check(out[fixed(3)][0], logp[..., 3])          # asked of the whole distribution
 
 
 def dense(params, hidden, rows):
-  """Every kind from all logits at once, by plain autodiff in float64, in the order of WANTS; index 0 is cut off."""
+  """Every kind from all logits at once, by plain autodiff in float64, in the order of WANTS.
+
+  Index 0 is cut off.
+  """
   logits = jnp.einsum('btd,vd->btv', hidden[:, :-1], params['embed']['table']) / 0.7
   logp = jax.nn.log_softmax(logits)
   tokens, ids = rows.tokens[:, 1:], rows.data['teacher'][0][:, 1:]
   others = 1 - jax.nn.one_hot(ids, 17).sum(axis=2)
   own = logp if rows.support is None else jax.nn.log_softmax(
       jnp.where(jax.nn.one_hot(rows.support[:, 1:], 17).sum(axis=2) > 0, logits, -1e9))
-  return [jnp.take_along_axis(own, tokens[..., None], -1)[..., 0], -jnp.sum(jnp.exp(own) * own, axis=-1),
+  return [jnp.take_along_axis(own, tokens[..., None], -1)[..., 0],
+          -jnp.sum(jnp.exp(own) * own, axis=-1),
           jnp.take_along_axis(logp, ids, -1), jnp.log(jnp.sum(others * jnp.exp(logp), axis=-1)),
-          logp[..., 3], jax.nn.logsumexp(jnp.delete(logits, 3, axis=-1), axis=-1), jax.lax.top_k(logp, 4)[0]]
+          logp[..., 3], jax.nn.logsumexp(jnp.delete(logits, 3, axis=-1), axis=-1),
+          jax.lax.top_k(logp, 4)[0]]
 
 
 @pytest.mark.parametrize('with_support', [False, True])
@@ -114,21 +131,24 @@ def test_gradients_of_every_kind_match_float64(with_support, chunk):
   params, hidden, rows = example(temperature=jnp.float32(0.7))
   if with_support:
     taken = np.asarray(rows.tokens)
-    rows = rows.replace(support=jnp.asarray(np.stack([taken, (taken + 1) % 17, np.full_like(taken, -1)], axis=-1)))
+    rows = rows.replace(support=jnp.asarray(
+        np.stack([taken, (taken + 1) % 17, np.full_like(taken, -1)], axis=-1)))
   rng = np.random.default_rng(3)
 
   def total(values, weights):
     return sum(jnp.sum(w * x) for w, x in zip(weights, values, strict=True))
 
   def ours(params, hidden):
-    values = score.score(params, dataclasses.replace(CFG, score_chunk=chunk), Output(hidden=hidden), rows, WANTS)
+    values = score.score(
+        params, dataclasses.replace(CFG, score_chunk=chunk), Output(hidden=hidden), rows, WANTS)
     floats = [x for want in WANTS for x in jax.tree.leaves(values[want]) if x.dtype == jnp.float32]
     return total([x[:, 1:] for x in floats], weights)
 
   with jax.enable_x64(True):
     wide = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), (params, hidden))
     shapes = jax.eval_shape(lambda: dense(*wide, rows))
-    weights = [rng.standard_normal(x.shape) * INSIDE[:, 1:].reshape(2, -1, *(1,) * (x.ndim - 2)) for x in shapes]
+    weights = [rng.standard_normal(x.shape) * INSIDE[:, 1:].reshape(2, -1, *(1,) * (x.ndim - 2))
+               for x in shapes]
     expected = jax.jit(jax.grad(lambda p, h: total(dense(p, h, rows), weights), (0, 1)))(*wide)
   weights = [jnp.asarray(w, jnp.float32) for w in weights]
   actual = jax.jit(jax.grad(ours, (0, 1)))(params, hidden)
@@ -139,14 +159,16 @@ def test_gradients_of_every_kind_match_float64(with_support, chunk):
 def test_one_position_scores_zero():
   params, hidden, _ = example()
   rows = tiny.batch([[3], [4]])
-  np.testing.assert_array_equal(scores(params, hidden[:, :1], rows, (LOGP, ENTROPY))[LOGP], np.zeros((2, 1)))
+  np.testing.assert_array_equal(
+      scores(params, hidden[:, :1], rows, (LOGP, ENTROPY))[LOGP], np.zeros((2, 1)))
 
 
 def test_an_id_that_cannot_be_sampled_leaves_all_finite():
   params, hidden, rows = example()
   far = {'embed': {'table': params['embed']['table'].at[3].set(-1e4 * jnp.sign(hidden[0, 0]))}}
   def total(params, hidden):
-    return sum(jnp.sum(x) for x in jax.tree.leaves(scores(params, hidden, rows, WANTS)) if x.dtype == jnp.float32)
+    return sum(jnp.sum(x) for x in jax.tree.leaves(scores(params, hidden, rows, WANTS))
+               if x.dtype == jnp.float32)
   value, grads = jax.value_and_grad(total, (0, 1))(far, hidden)
   assert all(np.isfinite(x).all() for x in jax.tree.leaves((value, grads)))
 
@@ -176,16 +198,19 @@ def test_a_train_step_never_holds_all_logits(remat):
     return sum(jnp.sum(x) for x in score.score(params, cfg, out, rows, (LOGP, ENTROPY)).values())
 
   program = jax.make_jaxpr(jax.grad(loss))(param.abstract(model.specs(cfg)), rows)
-  logits = [int(np.prod(shape)) // 5003 for shape in arrays_in(program.jaxpr) if shape[-1:] == (5003,)]
+  logits = [int(np.prod(shape)) // 5003
+            for shape in arrays_in(program.jaxpr) if shape[-1:] == (5003,)]
   assert 0 < max(logits) * 4 * 5003 <= score.CHUNK_BYTES
 
 
 def test_a_chunk_size_of_the_config_is_kept_to():
   params, hidden, rows = example()
   cfg = dataclasses.replace(CFG, score_chunk=4)
-  program = jax.make_jaxpr(lambda p, h, b: score.score(p, cfg, Output(hidden=h), b, (LOGP,)))(params, hidden, rows)
+  program = jax.make_jaxpr(lambda p, h, b: score.score(p, cfg, Output(hidden=h), b, (LOGP,)))(
+      params, hidden, rows)
   # Nine positions in three chunks of equal size.
-  assert max(int(np.prod(shape)) for shape in arrays_in(program.jaxpr) if shape[-1:] == (17,)) == 2 * 3 * 17
+  assert max(int(np.prod(shape)) for shape in arrays_in(program.jaxpr)
+             if shape[-1:] == (17,)) == 2 * 3 * 17
 
 
 def test_small_logits_are_computed_at_once_but_not_kept():
@@ -203,7 +228,8 @@ def test_small_logits_are_computed_at_once_but_not_kept():
 
 
 @pytest.mark.parametrize('vocab_size, rows, expected', [
-    (2**16, 8, 64),       # 16 MB would be 64 tokens; with fewer than 512 tokens reading the table dominates
+    # 16 MB would be 64 tokens; with fewer than 512 tokens reading the table dominates
+    (2**16, 8, 64),
     (2**10, 8, 512),      # 4096 tokens of 4 KB
     (2**10, 2**13, 1),
 ])

@@ -13,7 +13,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from nn import model, param, score
 from nn.types import ENTROPY, LOGP
 
-# Four key heads and an odd number of tokens per row; logits in two chunks, so that the loop over them is split too.
+# Four key heads and an odd number of tokens per row; logits in two chunks, so that the loop over
+# them is split too.
 CFG = tiny.config(num_kv_heads=4, score_chunk=6)
 BATCH = ('data', 'fsdp')
 MESHES = {
@@ -32,19 +33,21 @@ def loss(params, rows, weights):
 
 @functools.cache
 def example():
-  """Parameters, packed and padded rows, weights; hidden states, loss and gradients on one device."""
+  """Parameters, packed and padded rows, weights; hidden states, loss, gradients on one device."""
   segments = np.where(np.arange(11) < 4, 1, 2) * (np.arange(11) < 3 + np.arange(8)[:, None] * 2)
   rows = tiny.batch(tiny.tokens(8, 11), segments)
   weights = jnp.asarray(np.random.default_rng(1).standard_normal((8, 11)), jnp.float32)
   params = tiny.params(CFG)
-  return params, rows, weights, jax.jit(jax.value_and_grad(loss, has_aux=True))(params, rows, weights)
+  return params, rows, weights, jax.jit(jax.value_and_grad(loss, has_aux=True))(
+      params, rows, weights)
 
 
 def place(mesh, params, rows):
   """Both, where a train step has them."""
   params = jax.device_put(params, param.shardings(model.specs(CFG), mesh, dict(CFG.rules)))
   split = tuple(name for name in BATCH if name in mesh.shape)
-  put = lambda x: jax.device_put(x, NamedSharding(mesh, PartitionSpec(split) if x.ndim else PartitionSpec()))
+  put = lambda x: jax.device_put(
+      x, NamedSharding(mesh, PartitionSpec(split) if x.ndim else PartitionSpec()))
   return params, jax.tree.map(put, rows)
 
 

@@ -151,7 +151,7 @@ def test_shuffled_rewards_keep_their_values_and_lose_their_rows():
 
 
 def test_shuffled_rewards_say_nothing_about_the_rows():
-  """Half of 512 rows are good, whole groups of them; good rows are given 1/2 within 4 deviations."""
+  """Half of 512 rows are good, whole groups of them; good rows get 1/2 within 4 deviations."""
   group = np.arange(512) // 8
   rec = rl_toy.record({'task': group % 2}, group)
   assert not rl_toy.run(pieces.mixed_groups(), rec).keep.any()

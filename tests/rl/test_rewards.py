@@ -215,7 +215,8 @@ def test_cheap_rewards_need_no_process():
 def test_workers_stay_small_and_import_neither_the_script_nor_jax(tmp_path):
   mine = tmp_path / 'mine.py'
   mine.write_text('import os, sys\ndef reward(p, r, row):\n'
-                  '  return 7 + ("jax" in sys.modules) + 2 * (os.getenv("JAX_PLATFORMS") != "cpu")\n')
+                  '  return 7 + ("jax" in sys.modules) '
+                  '+ 2 * (os.getenv("JAX_PLATFORMS") != "cpu")\n')
   script = tmp_path / 'script.py'
   script.write_text(textwrap.dedent(f"""
       import sys
