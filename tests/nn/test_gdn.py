@@ -94,7 +94,6 @@ def by_hand(p, cfg, x):
     read = np.zeros((heads, value))
     for h in range(heads):
       kh, qh = k[h // (heads // key_heads)], q[h // (heads // key_heads)]
-      z = f[h] if g.variant == 'gdn' else f[h]
       log_decay = (g.lower_bound * sigmoid(rate[h] * z) if g.lower_bound
                    else -rate[h] * np.log1p(np.exp(z)))
       decay = np.exp(log_decay) * np.ones(key)
