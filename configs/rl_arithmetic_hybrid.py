@@ -13,4 +13,5 @@ def get_config():
   c.model.pattern = ('gdn', 'gdn', 'gdn', 'attention')
   c.model.repeats = 1
   c.model.rope_theta = 0.0
+  c.rl.until = 'eval/accuracy>=0.95'
   return c

@@ -94,8 +94,8 @@ def by_hand(p, cfg, x):
     read = np.zeros((heads, value))
     for h in range(heads):
       kh, qh = k[h // (heads // key_heads)], q[h // (heads // key_heads)]
-      log_decay = (g.lower_bound * sigmoid(rate[h] * z) if g.lower_bound
-                   else -rate[h] * np.log1p(np.exp(z)))
+      log_decay = (g.lower_bound * sigmoid(rate[h] * f[h]) if g.lower_bound
+                   else -rate[h] * np.log1p(np.exp(f[h])))
       decay = np.exp(log_decay) * np.ones(key)
       two = 2.0 if g.negative else 1.0
       if g.variant in ('gdn', 'kda'):
