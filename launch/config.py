@@ -350,7 +350,7 @@ def model_config(model: Tracked | ConfigDict, vocab_size: int) -> ModelConfig:
                      f'fewer than the {vocab_size} ids of the tokenizer')
   fields['vocab_size'] = fields['vocab_size'] or vocab_size
   fields['rules'] = tuple((axis, fields['rules'][axis]) for axis, _ in RULES)
-  return ModelConfig(**fields | {'moe': MoE(**fields['moe'])})
+  return ModelConfig(**fields | {'moe': MoE(**fields.get('moe', {}))})
 
 
 def to_json(config: ConfigDict) -> str:
