@@ -10,6 +10,7 @@ import pytest
 
 from configs import base
 from launch import cli, config
+from nn.config import MoE
 from rl.methods import METHODS
 
 ROOT = str(Path(__file__).resolve().parents[2])
@@ -296,8 +297,11 @@ def test_model_config_takes_the_vocabulary_from_the_tokenizer():
   c = base.get_config()
   c.model.repeats = 3
   c.model.rules.embed = ()
+  c.model.ffn = 'moe'
+  c.model.moe.experts = 16
   cfg = config.model_config(config.Tracked(c).model, 259)
   assert (cfg.vocab_size, cfg.repeats, dict(cfg.rules)['embed']) == (259, 3, ())
+  assert cfg.moe == MoE(experts=16)
   assert hash(cfg) == hash(config.model_config(c.model, 259))
   c.model.vocab_size = 320
   assert config.model_config(c.model, 259).vocab_size == 320
