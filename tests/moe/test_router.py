@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import moe_tiny as tiny
 import numpy as np
 import pytest
 
@@ -106,3 +107,8 @@ def test_violation_by_hand():
 def test_settings_that_cannot_be_meant_are_refused(changes, match):
   with pytest.raises(ValueError, match=match):
     MoE(**changes)
+
+
+def test_settings_of_experts_that_no_layer_has_are_refused():
+  with pytest.raises(ValueError, match=r"model.moe is set, but no layer has the FFN moe; the layers have \['mlp'\]"):
+    tiny.config(MoE(experts=4), ffn='mlp')
