@@ -2,12 +2,12 @@
 
 import jax
 import jax.numpy as jnp
-import moe_tiny as tiny
 import numpy as np
 import pytest
 
 from moe import router
 from nn.config import MoE
+from tests.moe import moe_tiny as tiny
 
 
 def log(*shares):
