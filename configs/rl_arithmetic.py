@@ -31,7 +31,7 @@ def get_config():
   c.model.unroll = True
   c.model.max_length = 64
 
-  c.sft.steps = 200
+  c.sft.steps = 400
   c.sft.until = 'eval/accuracy>=0.2'   # most answers are still wrong, whatever the seed
   c.sft.rows = 64
   c.sft.length = 16

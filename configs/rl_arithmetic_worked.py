@@ -12,7 +12,6 @@ from configs.rl_arithmetic import get_config as main_job
 def get_config():
   c = main_job()
   c.arithmetic.worked = True
-  c.sft.steps = 200
   c.sft.length = 32
   c.rl.steps = 450
   c.rl.max_tokens = 24
