@@ -96,7 +96,7 @@ def rounds(o: argparse.Namespace, arguments: list[str]) -> None:
 
 
 def comparable(a: str, b: str) -> bool:
-  """Cases are compared where what both say of their sizes agrees."""
+  """Cases are compared where what both say of their sizes agrees; where ours samples, theirs does."""
   mine, theirs = (dict(part.split('=') for part in name.split()[1:]) for name in (a, b))
   same = [k for k in mine if k in theirs]
-  return bool(same) and all(mine[k] == theirs[k] for k in same)
+  return bool(same) and ('new' in mine) == ('new' in theirs) and all(mine[k] == theirs[k] for k in same)
