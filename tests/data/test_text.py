@@ -150,8 +150,9 @@ def test_bad_token_files_are_named(tmp_path):
   (tmp_path / 'a.bin').write_bytes(b'1234')
   with pytest.raises(ValueError, match='a.bin: of what dtype'):
     go('a.bin')
-  with pytest.raises(ValueError, match='wanted integers'):
-    go('a.bin', dtype='float32')
+  for dtype in ('float32', 'unit16'):
+    with pytest.raises(ValueError, match=f'a.bin: tokens of type {dtype}, wanted integers'):
+      go('a.bin', dtype=dtype)
   np.save(tmp_path / 'b.npy', np.zeros((3, 3), np.int32))
   with pytest.raises(ValueError, match='one dimension'):
     go('b.npy')
