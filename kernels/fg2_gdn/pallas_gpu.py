@@ -36,12 +36,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels.fg2_gdn import masking
+
 CHUNK = 64  # the rows of a wgmma
 LEVELS = 6  # of halving
 TILE = 64  # channels that a kernel takes at a time, where it does not take all
 CHANNELS = 2 * TILE  # of keys and of values, at most: shared memory holds no more
 SWIZZLE = 128  # bytes
-FORGET = -1e4  # exp of any sum of log-decays with this one in it is 0
 
 
 class Setup(NamedTuple):
@@ -77,10 +78,7 @@ def scan(
   interpreter's parameters.
   """
   length, value_heads = v.shape[1:3]
-  if valid is not None:
-    valid, fresh = valid[..., None, None], fresh[..., None, None]
-    q, k, v = (jnp.where(valid, x, 0) for x in (q, k, v))
-    g = jnp.where(fresh, FORGET, jnp.where(valid, g, 0))
+  q, k, v, g = masking.mask(q, k, v, g, valid, fresh)
   size = -(-max(k.shape[-1], v.shape[-1]) // TILE) * TILE
   operand = jnp.dtype(operand)
   setup = Setup(symmetric, scale, value_heads // k.shape[2], size, operand, interpret)

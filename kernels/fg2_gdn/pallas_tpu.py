@@ -24,8 +24,9 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels.fg2_gdn import masking
+
 LANES = 128
-FORGET = -1e4  # exp of any sum of log-decays with this one in it is 0
 
 
 class Setup(NamedTuple):
@@ -61,10 +62,7 @@ def scan(
   """reference.scan; valid and fresh may be None. heads: value heads of a grid step, at most."""
   length, value_heads = v.shape[1:3]
   group = value_heads // k.shape[2]
-  if valid is not None:
-    valid, fresh = valid[..., None, None], fresh[..., None, None]
-    q, k, v = (jnp.where(valid, x, 0) for x in (q, k, v))
-    g = jnp.where(fresh, FORGET, jnp.where(valid, g, 0))
+  q, k, v, g = masking.mask(q, k, v, g, valid, fresh)
   fits = [
     n for n in range(1, heads + 1) if value_heads % n == 0 and (n % group == 0 or group % n == 0)
   ]
