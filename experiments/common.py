@@ -77,7 +77,7 @@ def equal(config: str, kinds: dict[str, tuple[str, ...]], widths: Sequence[int])
 
 
 def folder(workdir: Path, arm: Arm, seed: int) -> Path:
-  return workdir / f'{arm.name}-{seed}'
+  return workdir / f'{arm.name}-{seed}'.replace(', ', '_').replace(' ', '_')
 
 
 def run(arm: Arm, seed: int, workdir: Path, cores: queue.SimpleQueue) -> None:

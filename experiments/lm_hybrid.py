@@ -2,8 +2,9 @@
 
     python experiments/lm_hybrid.py --text input.txt
 
-About 30 minutes on 2 cores. Prints the table of docs/results.md and draws docs/images/lm_hybrid.svg. All three have
-four layers and as many parameters: the FFN's width makes up for what the mixers' projections cost.
+About 30 minutes on 2 cores. Prints the table of docs/results.md and draws docs/images/lm_hybrid.svg.
+All three have four layers and as many parameters: the FFN's width makes up for what the mixers'
+projections cost.
 """
 
 import sys
@@ -35,10 +36,8 @@ def main() -> None:
   rows = []
   for arm in arms:
     found = [common.last(options.workdir, arm, s, 'eval/loss') for s in options.seeds]
-    speed = np.median([x['tokens_per_second'] for s in options.seeds for x in common.lines(options.workdir, arm, s)
-                       if 'tokens_per_second' in x])
-    rows.append((arm.name, f'{common.count(CONFIG, arm.overrides[:-1]):,}', common.mean_and_spread(found), f'{speed:,.0f}'))
-  print(common.table(('stack', 'parameters', 'nats per byte, held out', 'tokens/s on one core'), rows))
+    rows.append((arm.name, f'{common.count(CONFIG, arm.overrides[:-1]):,}', common.mean_and_spread(found)))
+  print(common.table(('stack', 'parameters', 'nats per byte, held out'), rows))
 
   def draw(axes):
     for arm in arms:
