@@ -1,4 +1,4 @@
-"""Comparisons: arms x seeds of launch/train.py, resumable, and the tables and plots of docs/results.md.
+"""Comparisons: arms x seeds of launch/train.py, resumable; the tables and plots of docs/results.md.
 
 An arm is a config and what it overrides. Every pair of arm and seed has a workdir; one that is done is not run again,
 one that was interrupted goes on.
@@ -13,7 +13,7 @@ import queue
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ class Arm:
   name: str
   config: str                          # as configs/mqar.py
   overrides: tuple[str, ...] = ()      # as model.gdn.variant=kda
+  flags: tuple[str, ...] = ()          # as --allow_config_change
+  start: Callable | None = None        # (folder, seed) -> arguments of Python that begin the workdir
 
 
 def parser(description: str, workdir: str) -> argparse.ArgumentParser:
@@ -89,16 +91,19 @@ def run(arm: Arm, seed: int, workdir: Path, cores: queue.SimpleQueue) -> None:
   where.mkdir(parents=True, exist_ok=True)
   core, start = cores.get(), time.time()
   options = ['seed=' + str(seed), 'report=False', *arm.overrides]
-  command = [sys.executable, 'launch/train.py', '--config', arm.config, '--workdir', str(where.resolve()),
-             *(f'--config.{x}' for x in options)]
+  commands = [['launch/train.py', '--config', arm.config, '--workdir', str(where.resolve()), *arm.flags,
+               *(f'--config.{x}' for x in options)]]
+  if arm.start and not (where / 'checkpoints').exists():
+    commands.insert(0, [str(x) for x in arm.start(where.resolve(), seed)])
   try:
-    with open(where / 'log.txt', 'a') as log:
-      code = subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT,
-                            preexec_fn=lambda: os.sched_setaffinity(0, [core])).returncode
+    for command in commands:
+      with open(where / 'log.txt', 'a') as log:
+        code = subprocess.run([sys.executable, *command], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT,
+                              preexec_fn=lambda: os.sched_setaffinity(0, [core])).returncode
+      if code:
+        raise RuntimeError(f'{arm.name} with seed {seed} ended with {code}; see {where / "log.txt"}')
   finally:
     cores.put(core)
-  if code:
-    raise RuntimeError(f'{arm.name} with seed {seed} ended with {code}; see {where / "log.txt"}')
   mark.write_text(json.dumps({'seconds': time.time() - start}))
   print(f'{arm.name} seed {seed}: {time.time() - start:.0f} s', flush=True)
 
