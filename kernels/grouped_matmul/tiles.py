@@ -17,10 +17,15 @@ STEP = 32                              # S: tiles of a step
 SUM_ROWS = 512                         # of a block in the sums over rows, which are one matmul after the other
 
 
+def most_tiles(num_rows: int, num_groups: int) -> int:
+  """M: enough however the rows are spread over the groups, in whole steps."""
+  return -(-(num_rows // ROWS + num_groups) // STEP) * STEP
+
+
 def product(x: jax.Array, w: jax.Array, sizes: jax.Array, *, transposed: bool = False) -> jax.Array:
   """As `reference.product`."""
   num_rows, num_groups = len(x), len(w)
-  num_tiles = -(-(num_rows // ROWS + num_groups) // STEP) * STEP
+  num_tiles = most_tiles(num_rows, num_groups)
   ends, tiles = jnp.cumsum(sizes), -(-sizes // ROWS)
   last = jnp.cumsum(tiles)
   tile = jnp.arange(num_tiles)
