@@ -21,55 +21,70 @@ from rl.types import Rows
 BUCKET = 64        # prompts of other contexts are padded to a multiple of this: few lengths compile
 
 
-def make_forward(cfg: ModelConfig) -> Callable:
+def make_forward(cfg: ModelConfig, replay: bool = False) -> Callable:
   """What a loss and a scoring pass are made of.
 
   (params, batch, wants) -> ({Want: [n, T, ...] float32}, Output).
+
+  Args:
+    replay: take the experts of batch.routes again; gates are today's, and routers learn by them.
   """
 
   def forward(params: Any, batch: Batch, wants: tuple[Want, ...]) -> tuple[dict, Output]:
-    output = model.forward(params, cfg, batch.tokens, batch.positions, batch.segments)
+    routes = batch.routes if replay else None
+    output = model.forward(params, cfg, batch.tokens, batch.positions, batch.segments, routes)
     return score.score(params, cfg, output, batch, wants), output
 
   return forward
 
 
-def make_decoder(cfg: ModelConfig) -> sample.Decoder:
-  """The model as the sampler sees it, for parameters that went through `nn.model.prepare`."""
+def make_decoder(cfg: ModelConfig, record: bool = False) -> sample.Decoder:
+  """The model as the sampler sees it, for parameters that went through `nn.model.prepare`.
+
+  Args:
+    record: its extras are the routes, {layer index: [..., top_k]}, in as few bits as hold them.
+  """
+  dtype = np.min_scalar_type(-cfg.moe.experts)          # signed, because of -1
+
+  def extras(routes):
+    return jax.tree.map(lambda x: x.astype(dtype), routes) if record else None
 
   def prefill(params, tokens, start, length):
-    hidden, cache = model.prefill(params, cfg, tokens, start, length)
-    return model.unembed(params, cfg, hidden), cache
+    hidden, cache, routes = model.prefill(params, cfg, tokens, start, length)
+    return model.unembed(params, cfg, hidden), cache, extras(routes)
 
   def step(params, tokens, cache):
-    hidden, cache = model.step(params, cfg, tokens, cache)
-    return model.unembed(params, cfg, hidden), cache
+    hidden, cache, routes = model.step(params, cfg, tokens, cache)
+    return model.unembed(params, cfg, hidden), cache, extras(routes)
 
   return sample.Decoder(prefill, step, model.repeat_cache)
 
 
-def make_score(cfg: ModelConfig, mesh: jax.sharding.Mesh, rows: int) -> Callable:
+def make_score(
+    cfg: ModelConfig, mesh: jax.sharding.Mesh, rows: int, replay: bool = False) -> Callable:
   """A pass without gradient.
 
-  score(params, tokens [N, T], end [N], support, data, wants, temperature) -> {Want: numpy
+  score(params, tokens [N, T], end [N], support, routes, data, wants, temperature) -> {Want: numpy
   [N, T, ...]}.
 
   Args:
     rows: of one pass; N is worked off in slices of this many, so that memory does not grow with
       the rollout batch.
+    replay: take the experts of routes again, where there are any.
   """
-  forward = make_forward(cfg)
+  forward = make_forward(cfg, replay)
 
   @functools.partial(jax.jit, static_argnames='wants')
   def one(params, batch, wants):
     return forward(params, batch, wants)[0]
 
-  def scores(params, tokens, end, support, data, wants, temperature):
+  def scores(params, tokens, end, support, routes, data, wants, temperature):
     time = np.arange(tokens.shape[1], dtype=np.int32)
     inside = (time < end[:, None]).astype(np.int32)
     whole = Batch(
         tokens=tokens, positions=time * inside, segments=inside, masks={}, weights={}, coef={},
-        data=data, temperature=np.float32(temperature), use=np.int32(0), support=support)
+        data=data, temperature=np.float32(temperature), use=np.int32(0), support=support,
+        routes=routes if replay else None)
     parts = []
     for first in range(0, len(tokens), rows):
       slice_of = lambda x: x if x.ndim == 0 else pad_rows(x[first:first + rows], rows)
@@ -88,7 +103,7 @@ def pad_rows(x: np.ndarray, rows: int) -> np.ndarray:
 
 
 def make_sample(cfg: ModelConfig, mesh: jax.sharding.Mesh, max_prompt: int,
-                token_bytes: Any = None) -> Callable:
+                token_bytes: Any = None, record: bool = False) -> Callable:
   """sample(params, prompts, group, sampling, key) -> Rows of numpy, members of a group adjacent.
 
   Rows.group is the index of the prompt; info['stopped'] says which rows ended by themselves.
@@ -97,8 +112,9 @@ def make_sample(cfg: ModelConfig, mesh: jax.sharding.Mesh, max_prompt: int,
     max_prompt: prompts are padded to this length (longer ones to a multiple of BUCKET), so that
       one program serves all.
     token_bytes: rl.sample.TokenBytes, needed where sampling.stop is not empty.
+    record: fill Rows.routes, if the model has experts.
   """
-  decoder = make_decoder(cfg)
+  decoder = make_decoder(cfg, record)
   prepare = jax.jit(functools.partial(model.prepare, cfg=cfg))
 
   def rows(params: Any, prompts: list, group: int, sampling: sample.Sampling,
@@ -119,15 +135,21 @@ def make_sample(cfg: ModelConfig, mesh: jax.sharding.Mesh, max_prompt: int,
     out = sample.sample(
         decoder, prepare(params), tokens_on, start_on, keys, group=group, sampling=sampling,
         token_bytes=token_bytes)
-    out = jax.tree.map(lambda x: x[:len(prompts) * group], mesh_lib.gather(out))
+    out = mesh_lib.gather(out)
+    prompt_extras = jax.tree.map(lambda x: x[:len(prompts)], out.prompt_extras)
+    out = jax.tree.map(lambda x: x[:len(prompts) * group], out)
     begin = np.repeat(width - start[:len(prompts)], group).astype(np.int32)
     end = begin + out.length.astype(np.int32)
     where = np.arange(width + sampling.max_tokens)
     inside = (where >= begin[:, None]) & (where < end[:, None])
     # From prompts that end at one place to rows that begin at one place.
-    join = lambda before, x: shift_left(np.concatenate([before, x], axis=1), width - begin)
-    behind = lambda x: join(np.zeros((len(x), width, *x.shape[2:]), x.dtype), x)
-    left = join(np.repeat(tokens[:len(prompts)], group, axis=0), out.tokens)
+    join = lambda before, x: shift_left(
+        np.concatenate([np.repeat(before, group, axis=0), x], axis=1), width - begin)
+    behind = lambda x: join(np.zeros((len(prompts), width, *x.shape[2:]), x.dtype), x)
+    left = join(tokens[:len(prompts)], out.tokens)
+    read = (where < end[:, None] - 1)[..., None]
+    routes = jax.tree.map(
+        lambda before, x: np.where(read, join(before, x), -1), prompt_extras, out.extras)
     support = out.support
     if support is not None:
       support = np.where(inside[..., None], behind(support), -1)
@@ -135,7 +157,7 @@ def make_sample(cfg: ModelConfig, mesh: jax.sharding.Mesh, max_prompt: int,
         tokens=np.where(where < end[:, None], left, 0), start=begin, end=end,
         logp=np.where(inside, behind(out.logp), 0),
         group=np.repeat(np.arange(len(prompts)), group),
-        support=support, info={'stopped': out.stopped})
+        support=support, info={'stopped': out.stopped}, routes=routes or None)
 
   return rows
 

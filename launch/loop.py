@@ -112,7 +112,7 @@ def settle(
   for name in fetched[0] if fetched else ():
     series = [float(m[name]) for m in fetched]
     # Later updates of a step train with other weights than those that sampled.
-    values[name] = series[0] if name.startswith('parity') else float(np.mean(series))
+    values[name] = series[0] if name.startswith(('parity', 'routes')) else float(np.mean(series))
   # Notes win: a term may be called like one of them ('entropy').
   hooks.log(pending.step, phase, values | pending.notes, pending.tokens, seconds)
   for batch, metrics in zip(pending.batches, fetched):

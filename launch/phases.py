@@ -148,14 +148,14 @@ def build_optimizer(run: Run, c: Any, steps: int) -> tuple[Any, Callable, step_l
 
 
 def build_step(run: Run, terms: tuple, tx: Any, shardings: Any, rows: int, microbatches: int,
-               where: str) -> Callable:
+               where: str, replay: bool = False) -> Callable:
   """The jitted train step; refuses batches that mesh and microbatches do not divide."""
   ways = mesh_lib.batch_ways(run.mesh)
   if rows < 1 or rows % (ways * microbatches):
     raise ValueError(
         f'{where}: {rows} rows of an optimiser step cannot be divided into {microbatches} '
         f'microbatches on {ways} devices; take a multiple of {ways * microbatches}')
-  loss = step_lib.make_loss(engine_lib.make_forward(run.cfg), terms)
+  loss = step_lib.make_loss(engine_lib.make_forward(run.cfg, replay), terms)
   train_step = step_lib.make_train_step(
       loss, tx, run.specs, microbatches,
       lambda params, load: model.after_update(params, run.cfg, load))
@@ -219,11 +219,15 @@ def build_rl(run: Run, name: str, first: int, last: int) -> Built:
         f'rl.prompts {c.prompts} x rl.group {c.group} rows cannot be divided into rl.parts '
         f'{c.parts} of even size; take a multiple of {2 * c.parts}')
   check_length(run, length, 'rl.max_prompt + rl.max_tokens')
+  replay = c.routing_replay
+  if replay and not any(ffn == 'moe' for _, ffn in run.cfg.layers):
+    raise ValueError('rl.routing_replay is set, but no layer has experts whose choice could be '
+                     "replayed; set model.ffn to 'moe', or leave rl.routing_replay out")
   method = rl_phase.watched(
       methods.build(c.methods, config_lib.method_options(c), max_tokens=c.max_tokens))
   tx, rate, shardings = build_optimizer(run, c, last - first)
   train_step = build_step(
-      run, method.terms, tx, shardings, num_rows // c.parts, c.microbatches, name)
+      run, method.terms, tx, shardings, num_rows // c.parts, c.microbatches, name, replay)
   sampling = rl_parts.sampling_of(run, c)
   grader, weights = rl_parts.build_grader(run, c)
   settings = rl_phase.Settings(
@@ -232,8 +236,8 @@ def build_rl(run: Run, name: str, first: int, last: int) -> Built:
   answer = rl_parts.answer_field(c)
   prompts = phase_data.prompts(run, c.data, c.max_prompt, 'train', answer)
   table = sample.pack_bytes(run.tokenizer.token_bytes(), run.cfg.vocab_size) if c.stop else None
-  draw = engine_lib.make_sample(run.cfg, run.mesh, c.max_prompt, table)
-  score = engine_lib.make_score(run.cfg, run.mesh, num_rows // c.parts // c.microbatches)
+  draw = engine_lib.make_sample(run.cfg, run.mesh, c.max_prompt, table, record=True)
+  score = engine_lib.make_score(run.cfg, run.mesh, num_rows // c.parts // c.microbatches, replay)
 
   def make_engine(params):
     held = run.weights | {'policy': params}

@@ -14,7 +14,7 @@ import numpy as np
 
 from nn.types import Batch, Want
 from rl import compose
-from rl.types import OLD, SAMPLER, Generate, Method, Record, Rows, Samples, Score, label
+from rl.types import OLD, POLICY, SAMPLER, Generate, Method, Record, Rows, Samples, Score, label
 
 # Passes over other contexts are as long as a multiple of this, so that few lengths are compiled.
 BUCKET = 64
@@ -26,7 +26,7 @@ class Engine(NamedTuple):
   sample: Callable
   # str -> list of ids
   encode: Callable
-  # (source, tokens [N,L], end [N], support or None, data, wants, temperature) -> {Want: [N,L,...]}
+  # (source, tokens [N,L], end [N], support, routes, data, wants, temperature) -> {Want: [N,L,...]}
   score: Callable
 
 
@@ -92,7 +92,11 @@ def resolve(
 
 
 def score(same: list[Score], record: Record, engine: Engine) -> dict:
-  """One pass without gradient for all requests of a source and context; 0 outside scored tokens."""
+  """One pass without gradient for all requests of a source and context; 0 outside scored tokens.
+
+  The sampler's routes are the policy's for the rows as they are: other weights choose for themselves,
+  and so do other contexts.
+  """
   rows, context, source = record.rows, same[0].context, same[0].source
   wants = tuple(sorted({r.want for r in same}))
   temperature = record.sampling.get('temperature', 1.0) or 1.0
@@ -101,7 +105,9 @@ def score(same: list[Score], record: Record, engine: Engine) -> dict:
           if isinstance(r, Score) and isinstance(v, tuple)
           and any(w.ids == label(r) for w in wants)}
   if context is None:
-    out = engine.score(source, rows.tokens, rows.end, rows.support, data, wants, temperature)
+    routes = rows.routes if source == POLICY else None
+    out = engine.score(
+        source, rows.tokens, rows.end, rows.support, routes, data, wants, temperature)
     count = rows.end - rows.start
     inside = lambda x: place(np.asarray(x), rows.start, rows.start, count, total)
     return {r: jax.tree.map(inside, out[r.want]) for r in same}
@@ -115,13 +121,13 @@ def score(same: list[Score], record: Record, engine: Engine) -> dict:
     support = None if rows.support is None else np.where(
         move(np.ones_like(rows.tokens))[..., None] > 0, move(rows.support), -1)
     out = engine.score(
-        source, tokens, start + count, support, jax.tree.map(move, data), wants, temperature)
+        source, tokens, start + count, support, None, jax.tree.map(move, data), wants, temperature)
     back = lambda x: place(np.asarray(x), start, rows.start, count, total)
   else:
     target = encode(engine, texts.target)
     tokens, start = pack(prefix, target)
     count = np.array([len(t) for t in target])
-    out = engine.score(source, tokens, start + count, None, {}, wants, temperature)
+    out = engine.score(source, tokens, start + count, None, None, {}, wants, temperature)
     back = lambda x: place(np.asarray(x), start, 0 * start, count, int(count.max()))
   return {r: jax.tree.map(back, out[r.want]) for r in same}
 
@@ -283,7 +289,7 @@ def minibatch(method: Method, record: Record, index: np.ndarray, use: int) -> Ba
       weights=weights, coef=coef, data=data,
       temperature=np.float32(record.sampling.get('temperature', 1.0) or 1.0), use=np.int32(use),
       advantage=None if record.advantage is None else record.advantage[index],
-      support=None if rows.support is None else rows.support[index])
+      **jax.tree.map(lambda x: x[index], {'support': rows.support, 'routes': rows.routes}))
 
 
 def minibatches(

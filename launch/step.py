@@ -77,6 +77,8 @@ def make_loss(forward: Callable, terms: tuple[Term, ...]) -> tuple[Callable, Cal
       total += share * value
     if output.load:
       metrics['load'] = output.load
+    if batch.routes is not None:
+      metrics |= route_metrics(output.own_routes, batch)
     for term in terms:
       view = view_of(term, scores, batch, done, sums)
       if term.sums and view.sums is None:
@@ -204,6 +206,22 @@ def make_train_step(
     return kept, metrics
 
   return train_step
+
+
+def route_metrics(own: dict[int, jax.Array], batch: Batch) -> dict[str, jax.Array]:
+  """How often routers choose other experts than the sampler took, replayed or not: sums for `means`.
+
+  Of the trained tokens that the sampler read, in every layer.
+
+  Args:
+    own: {layer index: [n, T, K]}, what the routers chose.
+  """
+  out = {'routes/mismatch': jnp.float32(0), 'routes/weight': jnp.float32(0)}
+  for layer, taken in batch.routes.items():
+    known = batch.masks['train'] * (taken[..., 0] >= 0)
+    out['routes/mismatch'] += jnp.sum(known * router.differ(own[layer], taken))
+    out['routes/weight'] += jnp.sum(known)
+  return out
 
 
 def load_metrics(load: dict[int, jax.Array]) -> dict[str, jax.Array]:

@@ -57,17 +57,18 @@ def apply(
   Args:
     x: [B, T, D] in the compute dtype.
     segments: [B, T] int32; 0 is padding, which goes to no expert and counts in no load and no loss.
-    routes: [B, T, K] int32, experts to take instead of choosing; -1 where there is nothing to replay.
+    routes: [B, T, K] integers, experts to take instead of choosing; -1 where there is nothing to replay.
 
   Returns:
-    [B, T, D], and what there is to report: routes [B, T, K] int32 (-1 at padding), load [E] int32, and the auxiliary
-    losses, already times their coefficients: means over all tokens of the batch, on all devices.
+    [B, T, D], and what there is to report: routes [B, T, K] int32 (-1 at padding), own_routes likewise (what the router
+    chose), load [E] int32, and the auxiliary losses, already times their coefficients: means over all tokens of the
+    batch, on all devices.
   """
   if routes is None:
     routes = jnp.full((*segments.shape, cfg.moe.top_k), -1, jnp.int32)
   experts = {name: params[name] for name in ('router', 'bias', 'gate', 'up', 'down') if name in params}
   y, routes, stats = split_over_devices(cfg, experts, x, segments, routes)
-  extras = {'aux_loss': router.losses(stats, cfg.moe), 'load': stats['load'], 'routes': routes}
+  extras = {'aux_loss': router.losses(stats, cfg.moe), 'load': stats['load'], **routes}
   if 'shared' in params:
     y = y + shared(params, cfg, x)
   return y, extras
@@ -91,7 +92,7 @@ def logits(x: jax.Array, w: jax.Array) -> jax.Array:
 
 def split_over_devices(
     cfg: ModelConfig, params: dict, x: jax.Array, segments: jax.Array, routes: jax.Array,
-) -> tuple[jax.Array, jax.Array, dict]:
+) -> tuple[jax.Array, dict, dict]:
   """`routed` on every device's tokens and experts; its result, with the statistics of all tokens."""
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.size <= 1 or cfg.moe.dispatch == 'global':
@@ -120,7 +121,7 @@ def split_over_devices(
 def routed(
     params: dict, x: jax.Array, segments: jax.Array, routes: jax.Array, *, cfg: ModelConfig, rows: tuple[str, ...],
     expert: tuple[str, ...], ffw: tuple[str, ...],
-) -> tuple[jax.Array, jax.Array, dict]:
+) -> tuple[jax.Array, dict, dict]:
   """The routed experts for the tokens of one device.
 
   Args:
@@ -128,7 +129,7 @@ def routed(
     rows, expert, ffw: mesh axes that tokens, experts and the inner width are split over.
 
   Returns:
-    [B, T, D], [B, T, K], and `router.statistics` with a leading axis of 1.
+    [B, T, D], {routes, own_routes: [B, T, K]}, and `router.statistics` with a leading axis of 1.
   """
   num_rows, length, width = x.shape
   flat, real = x.reshape(-1, width), segments.reshape(-1) != 0
@@ -147,7 +148,8 @@ def routed(
   y = dispatch.local(flat, chosen, choice.gates, sizes, compute)
   if partial := ffw + (() if apart else expert):
     y = jax.lax.psum(y, partial)
-  routes = jnp.where(real[:, None], choice.experts, -1).reshape(num_rows, length, -1)
+  report = lambda experts: jnp.where(real[:, None], experts, -1).reshape(num_rows, length, -1)
+  routes = {'routes': report(choice.experts), 'own_routes': report(choice.own)}
   return y.reshape(x.shape), routes, jax.tree.map(lambda a: a[None], stats)
 
 

@@ -13,7 +13,8 @@ FAR = -1e30                            # a score that is never chosen
 
 class Choice(NamedTuple):
   """The router's decision."""
-  experts: jax.Array                   # [N, K] int32, best first
+  experts: jax.Array                   # [N, K] int32, those taken
+  own: jax.Array                       # [N, K] int32, its own choice, best first; taken unless others are replayed
   gates: jax.Array                     # [N, K] float32, weights of their outputs
   shares: jax.Array                    # [N, E] float32, scores that sum to 1: what the balance loss pushes on
   normaliser: jax.Array                # [N] float32, log of the sum of exp(logits)
@@ -26,7 +27,7 @@ def route(logits: jax.Array, bias: jax.Array | None, cfg, replay: jax.Array | No
     logits: [N, E] float32.
     bias: [E] float32, added to the scores in the choice and nowhere else (arXiv:2408.15664); None: there is none.
     cfg: nn.config.MoE.
-    replay: [N, K] int32, experts to take instead of choosing, -1 where there is nothing to replay; gates and their
+    replay: [N, K] integers, experts to take instead of choosing, -1 where there is nothing to replay; gates and their
       gradients are those of today's scores.
   """
   normaliser = jax.nn.logsumexp(logits, axis=-1)
@@ -35,13 +36,13 @@ def route(logits: jax.Array, bias: jax.Array | None, cfg, replay: jax.Array | No
   else:
     scores = jax.nn.sigmoid(logits)
     shares = scores / jnp.sum(scores, axis=-1, keepdims=True)
-  experts = choose(scores if bias is None else scores + bias, cfg)
+  experts = own = choose(scores if bias is None else scores + bias, cfg)
   if replay is not None:
-    experts = jnp.where(replay >= 0, replay, experts)
+    experts = jnp.where(replay >= 0, replay, own)
   gates = jnp.take_along_axis(scores, experts, axis=-1)
   if cfg.renormalise:
     gates = gates / (jnp.sum(gates, axis=-1, keepdims=True) + 1e-20)   # sigmoids may all be 0
-  return Choice(experts, gates * cfg.scale, shares, normaliser)
+  return Choice(experts, own, gates * cfg.scale, shares, normaliser)
 
 
 def choose(scores: jax.Array, cfg) -> jax.Array:
@@ -103,6 +104,11 @@ def update_bias(bias: jax.Array, load: jax.Array, rate: float) -> jax.Array:
   """
   load = load.astype(jnp.float32)
   return bias + rate * jnp.sign(jnp.mean(load, axis=-1, keepdims=True) - load)
+
+
+def differ(a: jax.Array, b: jax.Array) -> jax.Array:
+  """Whether two choices are of different experts, whatever their order: [..., K], [..., K] -> [...] bool."""
+  return jnp.any(jnp.all(a[..., :, None] != b[..., None, :], axis=-1), axis=-1)
 
 
 def load_metrics(load: jax.Array) -> dict[str, jax.Array]:

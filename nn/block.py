@@ -53,25 +53,31 @@ def init_cache(cfg: ModelConfig, names: Names, num_rows: int, length: int) -> di
 def prefill(
     params: dict, cfg: ModelConfig, names: Names, x: jax.Array, positions: jax.Array,
     segments: jax.Array, state: dict, at: cache.Place,
-) -> tuple[jax.Array, dict]:
-  """[B, T, D] -> [B, T, D], and the mixer's state after these positions. at: see `nn/cache.py`."""
+) -> tuple[jax.Array, dict, dict]:
+  """[B, T, D] -> [B, T, D], the mixer's state after these positions, and what the FFN reports.
+
+  Args:
+    at: see `nn/cache.py`.
+  """
   y, state = MIXERS[names[0]].prefill(
       params['mixer'], cfg, norm.apply(params['mixer_norm'], cfg, x), positions, segments, state,
       at)
   x = x + _after(params, 'mixer', cfg, y)
-  return _feed_forward(params, cfg, names, x, segments)[0], state
+  x, extras = _feed_forward(params, cfg, names, x, segments)
+  return x, state, extras
 
 
 def step(
     params: dict, cfg: ModelConfig, names: Names, x: jax.Array, position: jax.Array,
     valid: jax.Array, index: jax.Array, state: dict, at: cache.Place,
-) -> tuple[jax.Array, dict]:
-  """[B, D] -> [B, D], and the mixer's next state."""
+) -> tuple[jax.Array, dict, dict]:
+  """[B, D] -> [B, D], the mixer's next state, and what the FFN reports of rows of one position."""
   y, state = MIXERS[names[0]].step(
       params['mixer'], cfg, norm.apply(params['mixer_norm'], cfg, x), position, valid, index, state,
       at)
   x = (x + _after(params, 'mixer', cfg, y))[:, None]
-  return _feed_forward(params, cfg, names, x, jnp.ones(x.shape[:2], jnp.int32))[0][:, 0], state
+  x, extras = _feed_forward(params, cfg, names, x, jnp.ones(x.shape[:2], jnp.int32))
+  return x[:, 0], state, extras
 
 
 def flops(cfg: ModelConfig, names: Names, length: int) -> int:

@@ -46,7 +46,7 @@ def forward(
 
   Args:
     tokens, positions, segments: [B, T] int32; segments 0 is padding.
-    routes: {layer index: [B, T, top_k] int32}, experts to take again, as in Output.routes; -1:
+    routes: {layer index: [B, T, top_k] integers}, experts to take again, as in Output.routes; -1:
       choose anew. A layer that is not named chooses.
 
   Raises:
@@ -81,7 +81,7 @@ def prepare(params: dict, cfg: ModelConfig) -> dict:
 
 def prefill(
     params: dict, cfg: ModelConfig, tokens: jax.Array, start: jax.Array, length: int,
-) -> tuple[jax.Array, Cache]:
+) -> tuple[jax.Array, Cache, dict[int, jax.Array]]:
   """Reads prompts that end at the same slot.
 
   Args:
@@ -90,7 +90,7 @@ def prefill(
     length: L, slots of the cache, P included.
 
   Returns:
-    hidden of the last slot [B, D], and the cache.
+    hidden of the last slot [B, D], the cache, and the routes {layer index: [B, P, top_k] int32}.
 
   Raises:
     ValueError: a prompt longer than the cache, or a cache longer than cfg.max_length.
@@ -104,29 +104,28 @@ def prefill(
   positions = jnp.maximum(slots - start[:, None], 0)
 
   def layer(names, layer_params, x, state, at):
-    x, state = block.prefill(layer_params, cfg, names, x, positions, segments, state, at)
-    return x, state, {}
+    return block.prefill(layer_params, cfg, names, x, positions, segments, state, at)
 
   states = _states(cfg, lambda names: block.init_cache(cfg, names, num_rows, length))
-  x, states, _ = _walk(params, cfg, layer, _embed(params, cfg, tokens), states)
-  return _final_norm(params, cfg, x[:, -1]), Cache(
-      layers=states, start=start, index=jnp.int32(num_slots), length=length)
+  x, states, extras = _walk(params, cfg, layer, _embed(params, cfg, tokens), states)
+  cache = Cache(layers=states, start=start, index=jnp.int32(num_slots), length=length)
+  return _final_norm(params, cfg, x[:, -1]), cache, _by_index(extras, 'routes')
 
 
 def step(
     params: dict, cfg: ModelConfig, tokens: jax.Array, cache: Cache,
-) -> tuple[jax.Array, Cache]:
-  """Reads one more token of every row: [B] -> hidden [B, D], and the cache."""
+) -> tuple[jax.Array, Cache, dict[int, jax.Array]]:
+  """Reads one more token of every row: [B] -> hidden [B, D], cache, routes {layer: [B, top_k]}."""
   slots = jnp.arange(cache.length)
   valid = (slots >= cache.start[:, None]) & (slots <= cache.index)
   position = cache.index - cache.start
 
   def layer(names, layer_params, x, state, at):
-    x, state = block.step(layer_params, cfg, names, x, position, valid, cache.index, state, at)
-    return x, state, {}
+    return block.step(layer_params, cfg, names, x, position, valid, cache.index, state, at)
 
-  x, states, _ = _walk(params, cfg, layer, _embed(params, cfg, tokens), cache.layers)
-  return _final_norm(params, cfg, x), cache.replace(layers=states, index=cache.index + 1)
+  x, states, extras = _walk(params, cfg, layer, _embed(params, cfg, tokens), cache.layers)
+  routes = {i: experts[:, 0] for i, experts in _by_index(extras, 'routes').items()}
+  return _final_norm(params, cfg, x), cache.replace(layers=states, index=cache.index + 1), routes
 
 
 def repeat_cache(cache: Cache, n: int) -> Cache:
@@ -297,6 +296,11 @@ def _remat(cfg, layer, names):
   return jax.checkpoint(layer, policy=policies[cfg.remat], prevent_cse=cfg.unroll)
 
 
+def _by_index(extras: list[dict], name: str) -> dict[int, jax.Array]:
+  """One thing that layers report, of those that do."""
+  return {i: e[name] for i, e in enumerate(extras) if name in e}
+
+
 def _collect(extras: list[dict]) -> dict:
   """Layers' reports as fields of Output: losses summed, metrics averaged over layers with them."""
   add = lambda kind: {name: sum(e[kind][name] for e in extras if name in e.get(kind, {}))
@@ -304,7 +308,6 @@ def _collect(extras: list[dict]) -> dict:
   count = lambda name: sum(name in e.get('metrics', {}) for e in extras)
   return {
       'aux_loss': add('aux_loss'),
-      'routes': {i: e['routes'] for i, e in enumerate(extras) if 'routes' in e},
-      'load': {i: e['load'] for i, e in enumerate(extras) if 'load' in e},
+      **{name: _by_index(extras, name) for name in ('routes', 'own_routes', 'load')},
       'metrics': {name: total / count(name) for name, total in add('metrics').items()},
   }

@@ -57,6 +57,9 @@ class Batch:
   advantage: jax.Array | None = None  # [B, T] float32
   # [B, T, S] int32, ids the sampler could choose from; -1 fills up, all -1: every id
   support: jax.Array | None = None
+  # {layer index: [B, T, top_k] integers}, experts the sampler took for tokens[:, t] when it read
+  # it; -1: it did not read it
+  routes: dict[int, jax.Array] | None = None
 
 
 @flax.struct.dataclass
@@ -65,8 +68,10 @@ class Output:
   hidden: jax.Array                  # [B, T, D] in the compute dtype, after the final norm
   mtp_hidden: jax.Array | None = None                                     # [K, B, T, D]
   aux_loss: dict[str, jax.Array] = dataclasses.field(default_factory=dict)  # {name: []}
-  # {layer index: [B, T, top_k] int32}
+  # {layer index: [B, T, top_k] int32}, experts taken; -1 at padding
   routes: dict[int, jax.Array] = dataclasses.field(default_factory=dict)
+  # what the routers chose themselves: the same, except where routes were given
+  own_routes: dict[int, jax.Array] = dataclasses.field(default_factory=dict)
   # {layer index: [experts] int32}, sums
   load: dict[int, jax.Array] = dataclasses.field(default_factory=dict)
   metrics: dict[str, jax.Array] = dataclasses.field(default_factory=dict)   # {name: []}

@@ -71,9 +71,12 @@ class Sampling:
 class Decoder(NamedTuple):
   """A model, as far as sampling sees it. Make one per model: new functions compile anew.
 
-  prefill: (params, tokens [B, P], start [B], length) -> (logits [B, V] float32, cache of `length`).
-  step: (params, tokens [N], cache) -> (logits [N, V] float32, cache).
+  prefill: (params, tokens [B, P], start [B], length) -> (logits [B, V] float32, cache of `length`,
+    extras [B, P, ...]).
+  step: (params, tokens [N], cache) -> (logits [N, V] float32, cache, extras [N, ...]).
   repeat: (cache, n) -> cache with every row n times, copies of a row adjacent.
+
+  Extras are whatever is to be kept of every token that was read: arrays in any pytree, None: nothing.
   """
   prefill: Callable[..., Any]
   step: Callable[..., Any]
@@ -89,13 +92,16 @@ class TokenBytes(NamedTuple):
 class Sampled(NamedTuple):
   """Rows of a prompt are adjacent. Behind a row's length tokens and logp are 0, support is -1.
 
-  logp is that of the distribution the token was drawn from; greedy: of temperature 1.
+  logp is that of the distribution the token was drawn from; greedy: of temperature 1. A row's last
+  token is not read, so its extras mean nothing, as those behind.
   """
   tokens: jax.Array              # [N, M] int32
   length: jax.Array              # [N] int32, the token that ended the row included
   logp: jax.Array                # [N, M] float32
   support: jax.Array | None      # [N, M, S] int32, ids to choose from, -1 fills up; None: all
   stopped: jax.Array             # [N] bool, by eos or a stop string; False: max_tokens came first
+  prompt_extras: Any             # [B, P, ...], the decoder's, of the prompts
+  extras: Any                    # [N, M, ...], and of the tokens
 
 
 class _Knobs(NamedTuple):
@@ -115,6 +121,7 @@ class _State(NamedTuple):
   support: jax.Array             # [M, N, S] int32
   length: jax.Array              # [N] int32
   stopped: jax.Array             # [N] bool
+  extras: Any                    # [M, N, ...]
 
 
 def pack_bytes(words: Sequence[bytes], vocab_size: int) -> TokenBytes:
@@ -191,7 +198,7 @@ def _run(decoder, params, tokens, start, keys, knobs, table, *, draw, candidates
     token = jnp.where(going, token, 0)
     put = lambda old, new: jax.lax.dynamic_update_index_in_dim(old, new, state.index, 0)
     ended, tail = _match(stop, state.tail, table, token)
-    return _State(
+    return state._replace(
         index=state.index + 1,
         token=token,
         tail=tail,
@@ -203,10 +210,12 @@ def _run(decoder, params, tokens, start, keys, knobs, table, *, draw, candidates
 
   def advance(carry):
     state, cache = carry
-    logits, cache = decoder.step(params, state.token, cache)
+    logits, cache, extras = decoder.step(params, state.token, cache)
+    put = lambda old, new: jax.lax.dynamic_update_index_in_dim(old, new, state.index - 1, 0)
+    state = state._replace(extras=jax.tree.map(put, state.extras, extras))
     return record(state, logits), cache
 
-  logits, cache = decoder.prefill(params, tokens, start, slots)
+  logits, cache, prompt_extras = decoder.prefill(params, tokens, start, slots)
   _check_ids(logits.shape[-1], candidates, eos, table)
   fresh = _State(
       index=jnp.zeros((), jnp.int32),
@@ -216,12 +225,16 @@ def _run(decoder, params, tokens, start, keys, knobs, table, *, draw, candidates
       logp=jnp.zeros((max_tokens, num_rows), jnp.float32),
       support=jnp.full((max_tokens, num_rows, candidates), -1, jnp.int32),
       length=jnp.zeros(num_rows, jnp.int32),
-      stopped=jnp.zeros(num_rows, bool))
+      stopped=jnp.zeros(num_rows, bool),
+      extras=jax.tree.map(
+          lambda x: jnp.zeros((max_tokens, num_rows, *x.shape[2:]), x.dtype), prompt_extras))
   state, _ = jax.lax.while_loop(
       lambda carry: (carry[0].index < max_tokens) & ~jnp.all(carry[0].stopped), advance,
       (record(fresh, jnp.repeat(logits, group, axis=0)), decoder.repeat(cache, group)))
+  rows_first = lambda x: jnp.swapaxes(x, 0, 1)
   return Sampled(state.tokens.T, state.length, state.logp.T,
-                 jnp.swapaxes(state.support, 0, 1) if candidates else None, state.stopped)
+                 rows_first(state.support) if candidates else None, state.stopped, prompt_extras,
+                 jax.tree.map(rows_first, state.extras))
 
 
 def _check_ids(vocab_size, candidates, eos, table):

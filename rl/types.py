@@ -94,6 +94,7 @@ class Rows:
   logp: np.ndarray                     # [N, T] float32, recorded by the sampler; 0 outside response
   group: np.ndarray                    # [N] int64, rows of one prompt share a number
   support: np.ndarray | None = None    # [N, T, S] int32, see nn.types.Batch.support
+  routes: dict | None = None           # {layer: [N, T, K] integers}, see nn.types.Batch.routes
   info: dict = dataclasses.field(default_factory=dict)      # {name: [N, ...]}
 
 

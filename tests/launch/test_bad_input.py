@@ -57,6 +57,7 @@ def failed(monkeypatch, capsys, tmp_path):
     ('sft.optimizer.learning_rate=-1', "'learning_rate': -1.0"),
     ('rl.optimizer.name=muon rl.reset_optimizer=false', 'rl: the optimiser of the phase before'),
     ('arithmetic.train=1000', 'arithmetic problems wanted'),
+    ('rl.routing_replay=true', 'rl.routing_replay is set, but no layer has experts'),
     ('rl.rewards.exact=exakt', "unknown reward 'exakt'; did you mean 'exact'?"),
     ('rl.rewards.exact=/no/file.py:f', 'there is no file /no/file.py'),
     ('rl.reward_weights.exakt=2', "'exakt'; did you mean 'exact'?"),

@@ -16,7 +16,7 @@ from rl.types import (
     OLD, POLICY, REFERENCE, SAMPLER, Context, Generate, Method, Record, Rows, Score, Source, Stage,
     Term, Texts, label)
 
-V, GROUP, PROMPTS = 7, 4, 3
+V, GROUP, PROMPTS, MAX_TOKENS = 7, 4, 3, 6
 KEY = jax.random.key(0)
 TABLE = {name: np.random.default_rng(seed).normal(size=(V, V))
          for seed, name in enumerate(('policy', 'reference'))}
@@ -47,10 +47,15 @@ def engine(log):
     logp = rollout.place(
         logp_of(TABLE['policy'], tokens)[LOGP], begin, begin, end - begin, tokens.shape[1])
     return Rows(tokens, begin, end, logp, np.repeat(np.arange(len(prompts)), group),
-                info={'stopped': end > 0})
+                routes={3: tokens[..., None]}, info={'stopped': end > 0})
 
-  def score(source, tokens, end, support, data, wants, temperature):
+  def score(source, tokens, end, support, routes, data, wants, temperature):
     log.append(('score', source.name, tuple(w.kind for w in wants)))
+    # Other weights choose for themselves, and in another context so does the policy.
+    rows_as_they_are = tokens.shape[1] == 16 + MAX_TOKENS
+    assert (routes is not None) == (source == POLICY and rows_as_they_are)
+    if routes is not None:
+      np.testing.assert_array_equal(routes[3][..., 0], tokens)
     return {w: logp_of(TABLE[source.name], tokens)[w] for w in wants}
 
   return rollout.Engine(sample, lambda text: [ord(c) % V for c in text], score)
@@ -83,7 +88,7 @@ def task(
 
 def collect(method, log=None, rewards=None, num_rows=PROMPTS * GROUP, refills=3, **options):
   record = Record(
-      5, {'prompts': {'cursor': 0}} | method.state, {'temperature': 1.0, 'max_tokens': 6})
+      5, {'prompts': {'cursor': 0}} | method.state, {'temperature': 1.0, 'max_tokens': MAX_TOKENS})
   made = task(rewards) if rewards else task()
   return rollout.collect(
       method, engine([] if log is None else log), made, record, num_rows, KEY, refills, **options)
@@ -230,6 +235,7 @@ def test_minibatches_are_complete_and_weighted_by_themselves(parts, uses):
     np.testing.assert_array_equal(
         np.sort(rows.view(np.uint32).sum(1)), np.sort(record.rows.tokens.sum(1)))
   for b in batches:
+    np.testing.assert_array_equal(b.routes[3][..., 0], b.tokens)
     np.testing.assert_allclose(b.weights['policy'].sum(), 1, rtol=1e-6)
     np.testing.assert_array_equal(b.data[label(OLD)] != 0, b.masks['train'] > 0)
 

@@ -164,21 +164,32 @@ def test_replay_gives_the_routes_and_the_function_of_the_recording(unroll):
   assert any(np.any(free.routes[i] != recorded.routes[i]) for i in (2, 5))
   for i in (2, 5):
     np.testing.assert_array_equal(bound.routes[i], recorded.routes[i])
+  # What it would have chosen is told beside what it took; layer 2 comes first and sees what it saw when it was free.
+  np.testing.assert_array_equal(bound.own_routes[2], free.routes[2])
+  for i in (2, 4, 5):
+    np.testing.assert_array_equal(free.own_routes[i], free.routes[i])
   with pytest.raises(ValueError, match=r'routes are given for layers \[0\], which have no experts'):
     forward(params, {0: recorded.routes[2]})
 
 
-def test_prefill_and_steps_equal_forward_and_choose_alike():
-  params = tiny.draw(model.specs(CFG))
-  rows = nn_tiny.batch(nn_tiny.tokens(2, 8))
-  expected = nn_tiny.forward(params, CFG, rows).hidden
-  hidden, cache = jax.jit(lambda p, t, s: model.prefill(p, CFG, t, s, 8))(
-      model.prepare(params, CFG), rows.tokens[:, :5], jnp.zeros(2, jnp.int32))
-  step = jax.jit(lambda p, t, c: model.step(p, CFG, t, c))
+@pytest.mark.parametrize('unroll', [False, True])
+def test_prefill_and_steps_equal_forward_and_choose_alike(unroll):
+  cfg = dataclasses.replace(CFG, unroll=unroll)
+  params = tiny.draw(model.specs(cfg))
+  rows = nn_tiny.batch(nn_tiny.tokens(2, 8), np.arange(8) >= np.array([[0], [2]]))
+  expected = nn_tiny.forward(params, cfg, rows)
+  hidden, cache, routes = jax.jit(lambda p, t, s: model.prefill(p, cfg, t, s, 8))(
+      model.prepare(params, cfg), rows.tokens[:, :5], jnp.array([0, 2]))
+  assert routes.keys() == {2, 4, 5}
+  for i in routes:
+    np.testing.assert_array_equal(routes[i], expected.routes[i][:, :5])
+  step = jax.jit(lambda p, t, c: model.step(p, cfg, t, c))
   for t in range(5, 9):
-    np.testing.assert_allclose(hidden, expected[:, t - 1], atol=1e-5)
+    np.testing.assert_allclose(hidden, expected.hidden[:, t - 1], atol=1e-5)
     if t < 8:
-      hidden, cache = step(params, rows.tokens[:, t], cache)
+      hidden, cache, routes = step(params, rows.tokens[:, t], cache)
+      for i in routes:
+        np.testing.assert_array_equal(routes[i], expected.routes[i][:, t])
 
 
 def test_after_an_update_every_layers_bias_has_moved_against_its_own_load():

@@ -231,12 +231,12 @@ def test_prefill_and_steps_equal_forward(variant, unroll, prepared):
   expected = tiny.forward(params, cfg, rows).hidden
   given = model.prepare(params, cfg) if prepared else params
   step = jax.jit(functools.partial(model.step, cfg=cfg))
-  hidden, cache = jax.jit(functools.partial(model.prefill, cfg=cfg, length=length))(
+  hidden, cache, _ = jax.jit(functools.partial(model.prefill, cfg=cfg, length=length))(
       given, tokens=rows.tokens[:, :prompt], start=jnp.asarray(start))
   np.testing.assert_allclose(hidden, expected[:, prompt - 1], atol=2e-5)
   cache = model.repeat_cache(cache, 2)
   for t in range(prompt, 12):
-    hidden, cache = step(given, tokens=jnp.repeat(rows.tokens[:, t], 2), cache=cache)
+    hidden, cache, _ = step(given, tokens=jnp.repeat(rows.tokens[:, t], 2), cache=cache)
     np.testing.assert_allclose(hidden[::2], expected[:, t], atol=2e-5)
     np.testing.assert_array_equal(hidden[::2], hidden[1::2])
 
@@ -318,9 +318,9 @@ def test_decoding_on_a_mesh_equals_one_device():
   start = jnp.arange(8) // 2
 
   def decode(params, tokens, start):
-    hidden, cache = model.prefill(params, cfg, tokens[:, :5], start, 9)
+    hidden, cache, _ = model.prefill(params, cfg, tokens[:, :5], start, 9)
     for t in range(5, 7):
-      hidden, cache = model.step(params, cfg, tokens[:, t], cache)
+      hidden, cache, _ = model.step(params, cfg, tokens[:, t], cache)
     return hidden, cache
 
   expected, _ = jax.jit(decode)(params, tokens, start)

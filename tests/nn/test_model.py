@@ -165,10 +165,10 @@ def test_prefill_and_steps_equal_forward(unroll, prepared):
   given = model.prepare(params, cfg) if prepared else params
   prefill = jax.jit(functools.partial(model.prefill, cfg=cfg, length=length))
   step = jax.jit(functools.partial(model.step, cfg=cfg))
-  hidden, cache = prefill(given, tokens=rows.tokens[:, :prompt], start=jnp.asarray(start))
+  hidden, cache, _ = prefill(given, tokens=rows.tokens[:, :prompt], start=jnp.asarray(start))
   np.testing.assert_allclose(hidden, expected[:, prompt - 1], atol=1e-5)
   for t in range(prompt, 12):
-    hidden, cache = step(given, tokens=rows.tokens[:, t], cache=cache)
+    hidden, cache, _ = step(given, tokens=rows.tokens[:, t], cache=cache)
     np.testing.assert_allclose(hidden, expected[:, t], atol=1e-5)
   assert cache.index == 12 and cache.length == length
 
@@ -178,14 +178,14 @@ def test_a_repeated_cache_continues_every_copy(unroll):
   cfg = tiny.config(unroll=unroll)
   params = tiny.params(cfg)
   tokens, start = jnp.asarray(tiny.tokens(2, 5)), jnp.array([0, 3])
-  _, cache = jax.jit(functools.partial(model.prefill, cfg=cfg, length=8))(
+  _, cache, _ = jax.jit(functools.partial(model.prefill, cfg=cfg, length=8))(
       params, tokens=tokens, start=start)
   step = jax.jit(functools.partial(model.step, cfg=cfg))
   next_tokens = jnp.array([1, 2, 3, 4, 5, 6])
 
-  hidden, _ = step(params, tokens=next_tokens, cache=model.repeat_cache(cache, 3))
+  hidden, _, _ = step(params, tokens=next_tokens, cache=model.repeat_cache(cache, 3))
   for copy in range(3):
-    alone, _ = step(params, tokens=next_tokens[copy::3], cache=cache)
+    alone, _, _ = step(params, tokens=next_tokens[copy::3], cache=cache)
     np.testing.assert_allclose(hidden[copy::3], alone, atol=1e-6)
 
 
@@ -198,8 +198,8 @@ def test_prepared_parameters_are_rounded_once():
   assert prepared['norm']['scale'].dtype == jnp.float32
   tokens, start = jnp.asarray(tiny.tokens(2, 5)), jnp.array([0, 3])
   prefill = jax.jit(functools.partial(model.prefill, cfg=cfg, length=8))
-  plain, _ = prefill(params, tokens=tokens, start=start)
-  rounded, _ = prefill(prepared, tokens=tokens, start=start)
+  plain, _, _ = prefill(params, tokens=tokens, start=start)
+  rounded, _, _ = prefill(prepared, tokens=tokens, start=start)
   np.testing.assert_array_equal(np.asarray(plain, np.float32), np.asarray(rounded, np.float32))
 
 

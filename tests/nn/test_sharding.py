@@ -79,11 +79,11 @@ def test_decoding_on_a_mesh_equals_one_device():
   params, rows, _, _ = example()
   start = jnp.arange(8) // 2
   def run(params, tokens, start):
-    hidden, cache = model.prefill(params, CFG, tokens[:, :5], start, 9)
+    hidden, cache, _ = model.prefill(params, CFG, tokens[:, :5], start, 9)
     cache = model.repeat_cache(cache, 2)
     more = jnp.repeat(tokens[:, 5:7], 2, axis=0)
     for t in range(2):
-      hidden, cache = model.step(params, CFG, more[:, t], cache)
+      hidden, cache, _ = model.step(params, CFG, more[:, t], cache)
     return hidden, cache
 
   expected, _ = jax.jit(run)(params, rows.tokens, start)

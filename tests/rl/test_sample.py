@@ -27,14 +27,14 @@ def repeat(cache, n):
 
 
 MARKOV = Decoder(                      # params: logits [V, V] after each token
-    prefill=lambda params, tokens, start, length: (params[tokens[:, -1]], ()),
-    step=lambda params, tokens, cache: (params[tokens], cache),
+    prefill=lambda params, tokens, start, length: (params[tokens[:, -1]], (), None),
+    step=lambda params, tokens, cache: (params[tokens], cache, None),
     repeat=repeat)
 
 
 def read_script(params, place):
   wanted = jnp.take_along_axis(params, place[:, None], axis=1)
-  return jnp.where(jnp.arange(VOCAB) == wanted, 0.0, -jnp.inf), place
+  return jnp.where(jnp.arange(VOCAB) == wanted, 0.0, -jnp.inf), place, None
 
 
 VOCAB = 8
@@ -55,12 +55,12 @@ def memory_prefill(params, tokens, start, length):
     return jnp.where((slot >= start)[:, None], remember(params, state, token), state), None
   state = jnp.zeros((len(tokens), params['in'].shape[1]))
   state, _ = jax.lax.scan(one, state, (tokens.T, jnp.arange(tokens.shape[1])))
-  return state @ params['out'], state
+  return state @ params['out'], state, None
 
 
 def memory_step(params, tokens, cache):
   cache = remember(params, cache, tokens)
-  return cache @ params['out'], cache
+  return cache @ params['out'], cache, None
 
 
 MEMORY = Decoder(memory_prefill, memory_step, repeat)
@@ -402,6 +402,21 @@ def test_rows_of_a_group_differ_and_share_one_prefill():
     assert len(np.unique(out.tokens[6 * n:6 * n + 6], axis=0)) == 6
 
 
+def test_what_the_decoder_tells_of_a_token_stands_where_the_token_stands():
+  def prefill(params, tokens, start, length):
+    return *MEMORY.prefill(params, tokens, start, length)[:2], {'read': tokens.astype(jnp.int8)}
+
+  def step(params, tokens, cache):
+    return *MEMORY.step(params, tokens, cache)[:2], {'read': tokens.astype(jnp.int8)}
+
+  out = draw(Decoder(prefill, step, repeat), MEMORY_PARAMS, PROMPTS, group=3, max_tokens=9, eos=(4,))
+
+  np.testing.assert_array_equal(out.prompt_extras['read'], pad_left(PROMPTS, 5)[0])
+  assert out.extras['read'].dtype == np.int8 and len(set(out.length)) > 2
+  read = np.arange(9) < out.length[:, None] - 1
+  np.testing.assert_array_equal(np.where(read, out.extras['read'], 0), np.where(read, out.tokens, 0))
+
+
 def test_numbers_change_without_compiling_anew():
   traces = []
 
@@ -473,13 +488,13 @@ CFG = ModelConfig(
 
 
 def model_prefill(params, tokens, start, length):
-  hidden, cache = model.prefill(params, CFG, tokens, start, length)
-  return model.unembed(params, CFG, hidden), cache
+  hidden, cache, _ = model.prefill(params, CFG, tokens, start, length)
+  return model.unembed(params, CFG, hidden), cache, None
 
 
 def model_step(params, tokens, cache):
-  hidden, cache = model.step(params, CFG, tokens, cache)
-  return model.unembed(params, CFG, hidden), cache
+  hidden, cache, _ = model.step(params, CFG, tokens, cache)
+  return model.unembed(params, CFG, hidden), cache, None
 
 
 MODEL = Decoder(model_prefill, model_step, model.repeat_cache)
