@@ -182,14 +182,13 @@ def test_decisions_are_the_same_after_a_restart(gated, folder):
 
 
 def test_an_open_gate_is_plain_reuse(folder):
-  """To the bit where both measure: a head apart rounds the sum of a tied table's two gradients anew."""
   for name, extra in (('plain', ()), ('open', ('rl.gate.window=2', 'rl.gate.threshold=1e9'))):
     assert runs.run(folder / name, *REUSE, 'rl.watch=true', *extra) == 0
-  plain, opened = runs.state(folder / 'plain', 8), runs.state(folder / 'open', 8)
-  weights = [name for name in plain if name.startswith(".params") or "'params'" in name]
-  assert len(weights) > 5
-  for name in weights:
-    np.testing.assert_array_equal(plain[name], opened[name], err_msg=name)
+  plain, opened = (runs.logged(folder / name) for name in ('plain', 'open'))
+  for at, line in plain.items():       # the compiler rounds two programs differently
+    for name, value in line.items():
+      np.testing.assert_allclose(opened[at][name], value, rtol=1e-3, atol=1e-4, err_msg=f'{at} {name}')
+  assert {line['gate/updates'] for (phase, _), line in opened.items() if phase == 'rl'} == {3}
 
 
 def test_options_of_a_gate_that_is_not_there_are_refused(tmp_path, monkeypatch, capsys):

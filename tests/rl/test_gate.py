@@ -87,6 +87,18 @@ def test_a_refused_gradient_leaves_the_optimiser_as_it_was_and_gives_no_update()
   jax.tree.map(np.testing.assert_array_equal, after.inner, state.inner)
 
 
+@pytest.mark.parametrize('threshold, uses', [(math.inf, [0, 1, 2, 3] * 5), (-1e9, [0] * 20)])
+def test_an_open_gate_and_single_use_are_the_optimiser_itself(threshold, uses):
+  plain, behind = optax.adam(0.1), gate.gate(optax.adam(0.1), threshold, 4)
+  a, b = plain.init(PARAMS), behind.init(PARAMS)
+  for use in uses:
+    grads = jax.tree.map(lambda g: g * (1 + use), GRADS)
+    left, a = plain.update(grads, a, PARAMS)
+    right, b = behind.update(grads, b, PARAMS, head_norm=1.0 + use, use=use)
+    jax.tree.map(np.testing.assert_array_equal, left, right)
+  jax.tree.map(np.testing.assert_array_equal, a, b.inner)
+
+
 def test_what_is_not_finite_is_refused_and_not_remembered():
   tx = gate.gate(optax.adam(0.1), 0.5, 4)
   states = drive(tx, [1.0, 2.0, np.nan, np.inf, 3.0], [0, 0, 0, 1, 0])
