@@ -67,6 +67,12 @@ def get_config() -> ConfigDict:
   c.rl.max_tokens = 64                 # of a response, with the token that ends it
   c.rl.parts = 1                       # optimiser steps a rollout batch is divided into
   c.rl.uses = 1                        # times a rollout batch is gone through
+  c.rl.watch = False                   # log what tells of reuse gone wrong: norms of the head's gradient and of the middle
+                                       # layer's, chi-square between new and old policy, change of every layer's weights
+  c.rl.gate = ConfigDict()             # ends the reuse of a batch (arXiv:2605.19425), see rl/gate.py
+  c.rl.gate.window = 0                 # increments of the head's gradient norm it remembers, as 32; 0: no gate
+  c.rl.gate.threshold = 0.5            # deviations above their mean from which a gradient is refused
+  c.rl.gate.squared = False            # the increments are those of the squared norm
   c.rl.microbatches = 1                # passes an optimiser step is divided into, to save memory
   c.rl.temperature = 1.0               # divides the logits, in sampling and training
   c.rl.top_k = 0                       # sample among the k likeliest ids; 0: all

@@ -111,8 +111,12 @@ def settle(
   values = {}
   for name in fetched[0] if fetched else ():
     series = [float(m[name]) for m in fetched]
-    # Later updates of a step train with other weights than those that sampled.
-    values[name] = series[0] if name.startswith(('parity', 'routes')) else float(np.mean(series))
+    # Later updates of a step train with other weights than those that sampled; the last one says
+    # why the reuse ended.
+    first, last = name.startswith(('parity', 'routes')), name.startswith('gate/')
+    values[name] = series[0] if first else series[-1] if last else float(np.mean(series))
+  if 'gate/refused' in values:
+    values['gate/updates'] = len(fetched) - values['gate/refused']
   # Notes win: a term may be called like one of them ('entropy').
   hooks.log(pending.step, phase, values | pending.notes, pending.tokens, seconds)
   for batch, metrics in zip(pending.batches, fetched):

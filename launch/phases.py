@@ -20,7 +20,7 @@ from launch import step as step_lib
 from launch.loop import Phase
 from nn import model, param
 from nn.config import ModelConfig
-from rl import methods, sample
+from rl import gate, methods, sample
 from rl.envs import arithmetic
 from rl.names import unknown
 
@@ -140,15 +140,17 @@ def build(run: Run, name: str, first: int, last: int) -> Built:
   return (build_rl if name == 'rl' else build_text)(run, name, first, last)
 
 
-def build_optimizer(run: Run, c: Any, steps: int) -> tuple[Any, Callable, step_lib.TrainState]:
+def build_optimizer(run: Run, c: Any, steps: int, wrap: Callable = lambda tx: tx,
+                    ) -> tuple[Any, Callable, step_lib.TrainState]:
   """Optimiser, rate (step of the phase -> learning rate), shardings of the train state."""
   tx, rate = optimizer.from_config(run.specs, c.optimizer, steps)
+  tx = wrap(tx)
   opt_state = optimizer.state_shardings(tx, run.specs, run.shardings, run.mesh)
   return tx, rate, step_lib.TrainState(run.replicated, run.shardings, opt_state)
 
 
 def build_step(run: Run, terms: tuple, tx: Any, shardings: Any, rows: int, microbatches: int,
-               where: str, replay: bool = False) -> Callable:
+               where: str, replay: bool = False, watch: Callable | None = None) -> Callable:
   """The jitted train step; refuses batches that mesh and microbatches do not divide."""
   ways = mesh_lib.batch_ways(run.mesh)
   if rows < 1 or rows % (ways * microbatches):
@@ -158,7 +160,7 @@ def build_step(run: Run, terms: tuple, tx: Any, shardings: Any, rows: int, micro
   loss = step_lib.make_loss(engine_lib.make_forward(run.cfg, replay), terms)
   train_step = step_lib.make_train_step(
       loss, tx, run.specs, microbatches,
-      lambda params, load: model.after_update(params, run.cfg, load))
+      lambda params, load: model.after_update(params, run.cfg, load), watch)
   return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, run.replicated))
 
 
@@ -224,10 +226,11 @@ def build_rl(run: Run, name: str, first: int, last: int) -> Built:
     raise ValueError('rl.routing_replay is set, but no layer has experts whose choice could be '
                      "replayed; set model.ffn to 'moe', or leave rl.routing_replay out")
   method = rl_phase.watched(
-      methods.build(c.methods, config_lib.method_options(c), max_tokens=c.max_tokens))
-  tx, rate, shardings = build_optimizer(run, c, last - first)
+      methods.build(c.methods, config_lib.method_options(c), max_tokens=c.max_tokens), c.watch)
+  tx, rate, shardings = build_optimizer(run, c, last - first, rl_parts.gated(c))
   train_step = build_step(
-      run, method.terms, tx, shardings, num_rows // c.parts, c.microbatches, name, replay)
+      run, method.terms, tx, shardings, num_rows // c.parts, c.microbatches, name, replay,
+      rl_parts.build_watch(run, c))
   sampling = rl_parts.sampling_of(run, c)
   grader, weights = rl_parts.build_grader(run, c)
   settings = rl_phase.Settings(
@@ -261,10 +264,13 @@ def build_rl(run: Run, name: str, first: int, last: int) -> Built:
   if phase_data.has_heldout(c.data):
     heldout = phase_data.prompts(run, c.data, c.max_prompt, 'heldout', answer)
     evaluate, measures = rl_parts.build_evaluate(run, c, sampling, draw, grader, heldout)
+  if c.watch:
+    evaluate = rl_parts.with_drift(run, evaluate)
   phase = Phase(
       name=name, kind='rl', first=first, last=last, feed=feed, train_step=train_step, rate=rate,
       evaluate=evaluate, evaluate_every=run.config.eval.every,
-      flops_per_token=model.flops(run.cfg, length))
+      flops_per_token=model.flops(run.cfg, length),
+      refused=(lambda s: bool(gate.refused(s))) if c.gate.window else (lambda s: False))
   identity = {'prompts': prompts.identity()}
   return Built(
       phase=phase, tx=tx, reset_optimizer=c.reset_optimizer, state_shardings=shardings,

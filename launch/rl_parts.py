@@ -1,18 +1,21 @@
 """What an RL phase is made of, by its config: sampling, grader, evaluation, reference policy."""
 
 import dataclasses
+import functools
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import multihost_utils
 
 from launch import checkpoint, rl_phase
 from launch import config as config_lib
+from nn import model
 from nn import param
-from rl import compose, rewards, sample
+from rl import compose, gate, rewards, sample
 from rl.names import choose
 from rl.rewards import pool
 from rl.types import REFERENCE, Method, Score
@@ -74,13 +77,61 @@ def build_evaluate(run: Any, c: Any, sampling: sample.Sampling, draw: Callable,
       reward, run.key_of('evaluation')), measures
 
 
+def gated(c: Any) -> Callable:
+  """What makes an optimiser one behind the gate that rl.gate describes; nothing without one."""
+  if not c.gate.window:
+    return lambda tx: tx
+  return functools.partial(
+      gate.gate, threshold=c.gate.threshold, window=c.gate.window, squared=c.gate.squared)
+
+
+def build_watch(run: Any, c: Any) -> Callable | None:
+  """What the train step measures of the gradient, see launch.step.make_gradient; None: nothing."""
+  if not (c.watch or c.gate.window):
+    return None
+  head = run.specs.get('unembed', run.specs['embed'])['table']
+  if not head.trainable:
+    raise ValueError('rl.watch and rl.gate measure the gradient of the output head, which is not trained here')
+  middle = f'layer {len(run.cfg.layers) // 2}'
+
+  def watch(grads: Any, metrics: dict) -> dict:
+    sums = model.square_sums(grads, run.cfg)
+    out = {'grad_norm/head': jnp.sqrt(sums['unembed']), 'grad_norm/middle': jnp.sqrt(sums[middle])}
+    if 'shift/pull' in metrics:
+      most = jnp.square(metrics['shift']) * metrics['shift/pull']
+      out['shift/bound'] = jnp.where(most > 0, sums['unembed'] / jnp.where(most > 0, most, 1) - 1, 0)
+    return out
+
+  return watch
+
+
+def with_drift(run: Any, evaluate: Callable | None) -> Callable:
+  """The evaluation, and how far every part of the model is from the reference policy.
+
+  drift/<part>: norm of the change over the norm it had, of the head, the embedding and each layer.
+  """
+  @jax.jit
+  def shares(params, reference):
+    change = model.square_sums(jax.tree.map(jnp.subtract, params, reference), run.cfg)
+    whole = model.square_sums(reference, run.cfg)
+    return {f'drift/{name}': jnp.sqrt(change[name] / whole[name]) for name in change}
+
+  def both(params, step):
+    found = evaluate(params, step) if evaluate else {}
+    if 'reference' in run.weights:     # not yet in a phase before this one
+      found |= {name: float(x) for name, x in shares(params, run.weights['reference']).items()}
+    return found
+
+  return both
+
+
 def build_reference(run: Any, c: Any, method: Method) -> Callable:
-  """enter(params, begins): puts the reference policy in its place, if the method asks for it.
+  """enter(params, begins): puts the reference policy in its place, if the method or rl.watch asks for it.
 
   It is written into the workdir when the phase begins, and found there on resume.
   """
   scores = [r for r in compose.requests(method) if isinstance(r, Score)]
-  if not any(r.source == REFERENCE.source for r in scores):
+  if not c.watch and not any(r.source == REFERENCE.source for r in scores):
     return lambda params, begins: None
   path, folder = c.reference, run.workdir / 'reference'
   abstract = param.abstract(run.specs, run.shardings)

@@ -9,15 +9,16 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from launch import mesh as mesh_lib
 from launch import rollout
 from launch.loop import Feed, Told
-from nn.types import LOGP
-from rl import sample
+from nn.types import LOGP, PULL
+from rl import losses, sample
 from rl.rewards import pool
-from rl.types import POLICY, SAMPLER, Method, Record, Rows, Term, View
+from rl.types import POLICY, SAMPLER, Method, Record, Rows, Score, Term, View
 
 SHOWN = 4                  # of the best and of the worst samples of a step
 
@@ -48,9 +49,39 @@ def parity_term() -> Term:
   return Term('parity', value, (LOGP, SAMPLER), coef=lambda record: 0.0)
 
 
-def watched(method: Method) -> Method:
-  """The method with the agreement of sampler and trainer among its metrics."""
-  return dataclasses.replace(method, terms=(*method.terms, parity_term()))
+def shift_term(policy: Term) -> Term:
+  """Measures how far the policy has moved on the rows it was sampled for; adds nothing to the loss.
+
+  Under the policy term's weights: its own value is their sum W, chi2 the mean of ratio^2 - 1, an
+  estimate of Pearson's chi-square, and pull that of advantage^2 |gradient of logp in the head|^2.
+  The gradient G of the head obeys |G|^2 <= W^2 (1 + chi2) pull (Cauchy and Schwarz, our
+  derivation), if the policy term is the whole loss and its weights are not multiplied.
+  """
+  old = next(n for n in policy.needs if isinstance(n, Score))
+
+  def value(view: View):
+    logp, pull = (jax.lax.stop_gradient(view.given[want]) for want in (LOGP, PULL))
+    ratio = jnp.exp(losses.RATIOS['token'](logp, view.given[old], view.mask))
+    return jnp.ones_like(view.mask), {
+        'chi2': jnp.square(ratio) - 1, 'pull': jnp.square(view.batch.advantage) * pull}
+
+  return Term('shift', value, (LOGP, old, PULL), policy.aggregate, policy.mask, coef=lambda record: 0.0)
+
+
+def watched(method: Method, shift: bool = False) -> Method:
+  """The method with the agreement of sampler and trainer among its metrics.
+
+  Args:
+    shift: with `shift_term`, too.
+  """
+  terms = (*method.terms, parity_term())
+  if shift:
+    policy = next((t for t in method.terms if t.name == 'policy'), None)
+    if policy is None:
+      raise ValueError('rl.watch is set and no method has a policy term; what it measures is the '
+                       "gradient of that term's advantages")
+    terms += (shift_term(policy),)
+  return dataclasses.replace(method, terms=terms)
 
 
 def make_task(take: Callable, tokenizer: Any, grader: Any, settings: Settings) -> rollout.Task:

@@ -15,7 +15,7 @@ import optax
 from moe import router
 from nn import param
 from nn.types import LOGP, Batch, Want
-from rl import compose, losses
+from rl import compose, gate, losses
 from rl.types import OLD, Term, View, label
 
 
@@ -148,12 +148,21 @@ def total(f: Callable, batch: Batch, microbatches: int) -> Any:
 
 def make_gradient(
     loss: tuple[Callable, Callable | None], specs: Any, microbatches: int = 1,
+    watch: Callable | None = None,
 ) -> Callable:
-  """(params, batch) -> (gradient of trainable parameters, {metric: scalar}) of one step."""
+  """(params, batch) -> (gradient of trainable parameters, {metric: scalar}) of one step.
+
+  Args:
+    watch: (gradient, metrics) -> {metric: scalar}; it sees the head's gradient by itself, as
+      'unembed', where the model is tied, too.
+  """
   value, sums = loss
+  tied = watch is not None and 'unembed' not in specs
 
   def gradient(params, batch: Batch):
     trainable, frozen = param.split(params, specs)
+    if tied:
+      trainable = trainable | {'unembed': trainable['embed']}
     totals = {}
     if sums and microbatches > 1:
       totals = total(lambda part: sums(params, part), batch, microbatches)
@@ -163,31 +172,39 @@ def make_gradient(
           lambda t: value(param.merge(t, frozen), part, totals), has_aux=True)(trainable)
 
     grads, metrics = total(one, batch, microbatches)
-    return grads, means(metrics)
+    metrics = means(metrics)
+    if watch:
+      metrics |= watch(grads, metrics)
+    if tied:
+      grads = dict(grads)
+      grads['embed'] = jax.tree.map(jnp.add, grads['embed'], grads.pop('unembed'))
+    return grads, metrics
 
   return gradient
 
 
 def make_train_step(
     loss, tx: optax.GradientTransformationExtraArgs, specs: Any, microbatches: int = 1,
-    after_update: Callable | None = None,
+    after_update: Callable | None = None, watch: Callable | None = None,
 ) -> Callable:
   """One optimiser step, to be jitted with the state donated.
 
   Args:
     loss: what `make_loss` returns.
     tx: over the trainable parameters; its update takes learning_rate and use (which use of these
-      rows) by name.
+      rows) by name, and with a watch head_norm. It may refuse a gradient, see `rl.gate`.
     specs: the model's table, nested dict of nn.param.Spec.
     microbatches: M; must divide the rows of a batch.
     after_update: (params, load) -> params, what changes outside the gradient, once per accepted
       step: selection biases, on the loads of the whole step; None: nothing does.
+    watch: see `make_gradient`; must give 'grad_norm/head'.
 
   Returns:
     train_step(state, batch, learning_rate []) -> (state, metrics). A step whose loss or gradient is
-    not finite changes nothing and says so in metrics['nonfinite'].
+    not finite changes nothing and says so in metrics['nonfinite']; one that tx refuses changes only
+    what the gate remembers.
   """
-  gradient = make_gradient(loss, specs, microbatches)
+  gradient = make_gradient(loss, specs, microbatches, watch)
 
   def train_step(state: TrainState, batch: Batch, learning_rate: jax.Array):
     grads, metrics = gradient(state.params, batch)
@@ -195,13 +212,19 @@ def make_train_step(
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(norm) & jnp.isfinite(metrics['loss'])
     trainable, frozen = param.split(state.params, specs)
+    head = {'head_norm': metrics['grad_norm/head']} if watch else {}
     updates, opt_state = tx.update(
-        grads, state.opt_state, trainable, learning_rate=learning_rate, use=batch.use)
+        grads, state.opt_state, trainable, learning_rate=learning_rate, use=batch.use, **head)
     params = param.merge(optax.apply_updates(trainable, updates), frozen)
     if load and after_update:
       params = after_update(params, load)
-    new = TrainState(state.updates + 1, params, opt_state)
-    kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
+    keep = lambda when, new, old: jax.tree.map(lambda a, b: jnp.where(when, a, b), new, old)
+    accepted = finite & ~gate.refused(opt_state)
+    kept = TrainState(
+        state.updates + accepted, keep(accepted, params, state.params),
+        keep(finite, opt_state, state.opt_state))
+    if isinstance(opt_state, gate.GateState):
+      metrics |= {'gate/z': opt_state.z, 'gate/refused': opt_state.refused.astype(jnp.float32)}
     metrics |= {'grad_norm': norm, 'nonfinite': (~finite).astype(jnp.float32)} | load_metrics(load)
     return kept, metrics
 

@@ -137,8 +137,28 @@ def repeat_cache(cache: Cache, n: int) -> Cache:
 
 
 def unembed(params: dict, cfg: ModelConfig, hidden: jax.Array) -> jax.Array:
-  """Logits: [..., D] -> [..., V] float32."""
-  return linear.logits(hidden, params['embed' if cfg.tied else 'unembed']['table'])
+  """Logits: [..., D] -> [..., V] float32.
+
+  Where the model is tied, a table of its own is taken all the same if there is one: the train step
+  gives it one to tell the two sides' gradients apart.
+  """
+  del cfg
+  return linear.logits(hidden, params.get('unembed', params['embed'])['table'])
+
+
+def square_sums(tree: dict, cfg: ModelConfig) -> dict[str, jax.Array]:
+  """Sums of squares by part: {'embed', 'unembed', 'norm', 'layer 0', ...: []}, of what there is.
+
+  Args:
+    tree: shaped like params, some of them, or their gradients.
+  """
+  total = lambda part: sum(jnp.sum(jnp.square(a)) for a in jax.tree.leaves(part))
+  out = {name: total(part) for name, part in tree.items() if name not in _parts(cfg)}
+  for (part, name), indices in _by_layer(cfg):
+    leaves = jax.tree.leaves(tree.get(part, {}).get(name, {}))
+    for r, i in enumerate(indices) if leaves else ():
+      out[f'layer {i}'] = total([a[r] for a in leaves] if part == 'blocks' else leaves)
+  return out
 
 
 def flops(cfg: ModelConfig, length: int) -> int:

@@ -51,6 +51,7 @@ def score(
   @jax.checkpoint
   def values(chunk):
     logits = model.unembed(params, cfg, chunk['hidden']) / batch.temperature
+    chunk = chunk | {'temperature': batch.temperature}
     blank = lambda x: jnp.where(
         chunk['inside'].reshape(chunk['inside'].shape + (1,) * (x.ndim - 2)), x, 0)
     return {want: jax.tree.map(blank, KINDS[want.kind](logits, chunk, want)) for want in wants}
@@ -141,4 +142,15 @@ def _fixed(logits: jax.Array, chunk: dict, want: Want) -> tuple[jax.Array, jax.A
   return logits[..., want.size] - _normaliser(logits), _normaliser(others)
 
 
-KINDS = {'logp': _logp, 'entropy': _entropy, 'topk': _topk, 'at': _at, 'fixed': _fixed}
+def _pull(logits: jax.Array, chunk: dict, want: Want) -> jax.Array:
+  """|onehot(token) - softmax|^2 |hidden|^2 / temperature^2: [B, C]. Of the distribution over all ids."""
+  del want
+  chance = jax.nn.softmax(logits, axis=-1)
+  taken = _take(chance, chunk['tokens'][..., None])[..., 0]
+  error = 1 - 2 * taken + jnp.sum(jnp.square(chance), axis=-1)
+  size = jnp.sum(jnp.square(chunk['hidden'].astype(jnp.float32)), axis=-1)
+  return error * size / jnp.square(chunk['temperature'])
+
+
+KINDS = {'logp': _logp, 'entropy': _entropy, 'topk': _topk, 'at': _at, 'fixed': _fixed,
+         'pull': _pull}

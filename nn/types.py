@@ -15,12 +15,14 @@ import jax
 @dataclasses.dataclass(frozen=True, order=True)
 class Want:
   """One thing to read off a forward pass. Ordered, so that tracing never depends on hash order."""
-  kind: str          # logp, entropy, mtp, topk, at, fixed
+  kind: str          # logp, entropy, pull, mtp, topk, at, fixed
   size: int = 0      # topk: k.  fixed: the token id
   ids: str = ''      # at: key of the batch data whose first array holds the ids, [B, T, k]
 
 
 LOGP, ENTROPY, MTP = Want('logp'), Want('entropy'), Want('mtp')
+# Squared norm of the gradient of LOGP with respect to the unembedding's matrix: [B, T].
+PULL = Want('pull')
 
 
 def topk(k: int) -> Want:
