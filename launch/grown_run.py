@@ -102,7 +102,7 @@ def grow(s: Source, given: Mapping[str, str], seed: int | None) -> None:
     choice = growth.choose(o, s.run.cfg, s.run.specs, state, gradients)
   finally:
     s.run.close()
-  grown = growth.grow(o, tx, s.run.specs, after.specs, shardings, state, choice.index)
+  grown = growth.make_grow(o, tx, s.run.specs, after.specs, shardings, choice.index)(state)
   make = lambda params: growth.grow_params(o, s.run.specs, after.specs, params, choice.index)
   changes = {'model.moe.experts': after.cfg.moe.experts}
   write(s, after, changes, grown, memory, make, dataclasses.asdict(o), choice)

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from launch import charts, checkpoint, optimizer
+from launch import charts, checkpoint, history, optimizer
 from launch import config as config_lib
 from launch import step as step_lib
 from moe import upcycle
@@ -21,7 +21,7 @@ from nn import model, param
 from nn.config import ModelConfig
 from rl.names import unknown
 
-DOCUMENT, PLOT = 'upcycle.json', 'upcycle.svg'
+DOCUMENT, PLOT = history.GROWTH, 'upcycle.svg'
 GRADIENTS = ('grad_sq', 'saliency', 'fisher')        # selections that need them
 
 
@@ -121,14 +121,14 @@ def choose(o: Options, cfg: ModelConfig, specs: Any, state: step_lib.TrainState,
       groups=cfg.moe.groups, seed=o.seed), found)
 
 
-def grow(o: Options, tx: Any, specs: Any, after: Any, shardings: step_lib.TrainState,
-         state: step_lib.TrainState, index: Mapping[str, np.ndarray]) -> step_lib.TrainState:
-  """The state of the grown model, placed as shardings say.
+def make_grow(o: Options, tx: Any, specs: Any, after: Any, shardings: step_lib.TrainState,
+              index: Mapping[str, np.ndarray]) -> Callable:
+  """state -> the state of the grown model, jitted. The state before stays as it is.
 
   Args:
     tx: the optimiser; one of either model.
     specs, after: tables before and after.
-    state: before; it stays as it is.
+    shardings: after.
   """
   names = lambda tree: param.unflat({name: name for name in param.flat(tree)})
   places = param.flat(spread(after, shardings.params))
@@ -153,7 +153,7 @@ def grow(o: Options, tx: Any, specs: Any, after: Any, shardings: step_lib.TrainS
         tx, moment, state.opt_state, names(trainable(specs)), trainable(old), trainable(new))
     return step_lib.TrainState(state.updates, new, opt_state)
 
-  return jax.jit(one, out_shardings=shardings)(state)
+  return jax.jit(one, out_shardings=shardings)
 
 
 def grow_params(o: Options, specs: Any, after: Any, params: Any, index: Mapping[str, np.ndarray],

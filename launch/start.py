@@ -157,8 +157,8 @@ def grow(built: Built, state: step_lib.TrainState, memory: dict, log: metrics.Lo
       step=step, origin=str(run.workdir), how=dataclasses.asdict(o), cfg=run.cfg, choice=choice))
   log.say(f'step {step}: each layer grows from {before.run.cfg.moe.experts} to '
           f'{run.cfg.moe.experts} experts, chosen by {o.selection}')
-  return growth.grow(o, built.tx, before.run.specs, run.specs, built.state_shardings, state,
-                     choice.index)
+  return growth.make_grow(o, built.tx, before.run.specs, run.specs, built.state_shardings,
+                          choice.index)(state)
 
 
 def gradients(built: Built, memory: dict, params: Any, num: int) -> Iterator[Any]:
