@@ -11,7 +11,7 @@ import numpy as np
 
 from launch import metrics
 
-CONFIG = 'config.json'
+CONFIG, GROWTH = 'config.json', 'upcycle.json'
 # Names of metrics that count what went wrong.
 COUNTS = r'(^|[_/])(errors|timeouts|nonfinite|refused|skipped|dropped|missing|bad)$'
 
@@ -35,6 +35,7 @@ class Run:
   samples: list[dict[str, Any]]
   warnings: list[tuple[int, str]]
   config: dict[str, Any]
+  grown: int = 0                       # step at which its experts were multiplied; 0: never
 
 
 def load(workdirs: Sequence[str | Path]) -> list[Run]:
@@ -71,7 +72,7 @@ def read_run(folder: Path, name: str) -> Run:
           column.append(entry)
   values = {k: (np.array(s), np.array(v, np.float64), p) for k, (s, v, p) in found.items()}
   return Run(name, folder, lines, values, spans, metrics.read_lines(folder / metrics.SAMPLES),
-             read_warnings(folder, values), read_config(folder))
+             read_warnings(folder, values), read_config(folder), read_growth(folder))
 
 
 def read_warnings(folder: Path, values: dict) -> list[tuple[int, str]]:
@@ -89,6 +90,12 @@ def read_warnings(folder: Path, values: dict) -> list[tuple[int, str]]:
   for path in sorted(folder.glob('bad_batch_*.npz')):
     found.append((-1, f'a batch whose loss or gradient was not finite is in {path.name}'))
   return sorted(found, key=lambda entry: entry[0])
+
+
+def read_growth(folder: Path) -> int:
+  """The step that the file of launch/growth.py names; 0 if there is none."""
+  path = folder / GROWTH
+  return json.loads(path.read_text())['step'] if path.exists() else 0
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -217,6 +217,7 @@ def compose(runs: Sequence[Run]) -> str:
   """The page."""
   drawn: dict[str, list[str]] = {}
   spans, marks = shared_phases(runs)
+  marks = marks + [(run.grown, i) for i, run in enumerate(runs) if run.grown]
   for chart, names in groups(runs):
     series = [s for i, run in enumerate(runs) for j, name in enumerate(names)
               for s in pieces(run, name, i if len(runs) > 1 else j,
@@ -276,7 +277,9 @@ def facts(runs: Sequence[Run]) -> list[str]:
   for run in runs:
     seconds = run.lines[-1].get('time', 0) - run.lines[0].get('time', 0)
     phases = ' → '.join(f'{s.name} to step {s.last}' for s in run.phases)
-    text = [phases or f'{run.lines[-1]["step"]} steps', f'{metrics.duration(seconds)} of log']
+    grown = [f'experts grown at step {run.grown} (dotted)'] if run.grown else []
+    text = [phases or f'{run.lines[-1]["step"]} steps', *grown,
+            f'{metrics.duration(seconds)} of log']
     found.append(' · '.join([run.name] * (len(runs) > 1) + text))
   return found
 
