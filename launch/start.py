@@ -212,8 +212,9 @@ def describe(run: Run, built: list[Built], saved: dict | None) -> list[tuple[str
   sizes = [f'{axis} {size}' for axis, size in run.mesh.shape.items() if size > 1]
   kind = run.cfg.attention
   if kind == 'auto':
-    chosen = {attention.choose(jax.default_backend(), b.length, run.cfg.head_dim) for b in built}
-    kind = f'auto: {", ".join(sorted(chosen))}'
+    chosen = {attention.choose(jax.default_backend(), b.length, size)
+              for b in built for size in head_sizes(run.cfg)}
+    kind = f'auto: {", ".join(sorted(chosen)) or "no layer attends"}'
   linear = [('fg2_gdn', recurrence(run.cfg))] if any(m == 'gdn' for m, _ in run.cfg.layers) else []
   resumed = f', resumed at step {saved["step"]}' if saved else ''
   return [
@@ -227,6 +228,13 @@ def describe(run: Run, built: list[Built], saved: dict | None) -> list[tuple[str
       *((b.phase.name, f'steps {b.phase.first} to {b.phase.last}, up to {b.tokens:,} tokens a step')
         for b in built),
       ('workdir', f'{run.workdir}{resumed}')]
+
+
+def head_sizes(cfg: ModelConfig) -> list[int]:
+  """Of the layers that attend, as their kernels see them: the larger of keys and values."""
+  m, mixers = cfg.mla_sizes, {mixer for mixer, _ in cfg.layers}
+  sizes = {'attention': cfg.head_dim, 'mla': max(m.nope_dim + m.rope_dim, m.value_dim)}
+  return [size for mixer, size in sizes.items() if mixer in mixers]
 
 
 def recurrence(cfg: ModelConfig) -> str:

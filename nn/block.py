@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from moe import layer as moe
-from nn import attention, cache, gdn, mlp, norm, param
+from nn import attention, cache, gdn, mla, mlp, norm, param
 from nn.config import ModelConfig
 
-MIXERS = {'attention': attention, 'gdn': gdn}
+MIXERS = {'attention': attention, 'gdn': gdn, 'mla': mla}
 FFNS = {'mlp': mlp, 'moe': moe}
 
 Names = tuple[str, str]                # of the mixer and of the FFN

@@ -62,6 +62,25 @@ class GDN:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class MLA:
+  """Latent attention, see `nn/mla.py`. What stands in brackets are DeepSeek-V2's ratios, for 0 and for a rope_dim of -1."""
+  q_rank: int = 0                      # of the queries' latent; 0: queries come straight from x
+  kv_rank: int = 0                     # of the latent of keys and values (4 x model.head_dim)
+  nope_dim: int = 0                    # channels of a head's queries and keys without positions (model.head_dim)
+  rope_dim: int = -1                   # channels besides, turned, whose key all heads share (model.head_dim / 2); 0: none
+  value_dim: int = 0                   # of a head (model.head_dim)
+  interleaved: bool = False            # turned channels are pairs (2i, 2i + 1), as DeepSeek stores them, not (i, i + half)
+  norm_eps: float = 1e-6               # of the norms of latents
+
+  def __post_init__(self):
+    for name in ('q_rank', 'kv_rank', 'nope_dim', 'value_dim'):
+      if getattr(self, name) < 0:
+        raise ValueError(f'model.mla.{name} is {getattr(self, name)}, wanted at least 0')
+    if self.rope_dim < -1:
+      raise ValueError(f'model.mla.rope_dim is {self.rope_dim}, wanted at least -1')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class MoE:
   """The FFN 'moe', see `moe/layer.py`. Qwen3-MoE, Qwen3-Next, DeepSeek-V3 and GLM-4.5 are settings of these fields."""
   experts: int = 8                     # E
@@ -118,6 +137,7 @@ class ModelConfig:
   moe: MoE = MoE()
   max_length: int = 2048               # tokens of a row: longer rows are refused
   gdn: GDN = GDN()                     # of the mixer 'gdn'
+  mla: MLA = MLA()                     # of the mixer 'mla'
   rope_theta: float = 10_000.0         # base of the rotary angles; 0: attention without positions
   qk_norm: bool = False
   norm_eps: float = 1e-6
@@ -153,6 +173,10 @@ class ModelConfig:
       self._check_gdn()
     elif self.gdn != GDN():
       raise ValueError(f'model.gdn is set, but no layer has the mixer gdn; the layers have {sorted(set(mixers))}')
+    if 'mla' in mixers:
+      self._check_mla()
+    elif self.mla != MLA():
+      raise ValueError(f'model.mla is set, but no layer has the mixer mla; the layers have {sorted(set(mixers))}')
     ffns = {ffn for _, ffn in self.layers}
     if 'moe' not in ffns and self.moe != MoE():
       raise ValueError(f'model.moe is set, but no layer has the FFN moe; the layers have {sorted(ffns)}')
@@ -166,12 +190,23 @@ class ModelConfig:
       raise ValueError(f'model.gdn.variant fg2 has one gate for keys and values, so key_dim {sizes.key_dim} and '
                        f'value_dim {sizes.value_dim} must be equal; fg2_plus has two')
 
+  def _check_mla(self):
+    if self.rope_theta and self.mla_sizes.rope_dim % 2:
+      raise ValueError(f'model.mla.rope_dim is {self.mla_sizes.rope_dim}; rotary embedding needs an even size')
+
   @property
   def gdn_sizes(self) -> 'GDNSizes':
     """The sizes of the mixer 'gdn', none of them 0."""
     g = self.gdn
     heads = g.num_heads or self.num_heads
     return GDNSizes(heads, g.num_key_heads or heads, g.key_dim or self.head_dim, g.value_dim or self.head_dim)
+
+  @property
+  def mla_sizes(self) -> 'MLASizes':
+    """The sizes of the mixer 'mla'; only rope_dim can be 0."""
+    m = self.mla
+    rope_dim = self.head_dim // 2 if m.rope_dim < 0 else m.rope_dim
+    return MLASizes(m.kv_rank or 4 * self.head_dim, m.nope_dim or self.head_dim, rope_dim, m.value_dim or self.head_dim)
 
   @property
   def layers(self) -> tuple[tuple[str, str], ...]:
@@ -184,6 +219,13 @@ class GDNSizes(NamedTuple):
   num_heads: int
   num_key_heads: int
   key_dim: int
+  value_dim: int
+
+
+class MLASizes(NamedTuple):
+  kv_rank: int
+  nope_dim: int
+  rope_dim: int
   value_dim: int
 
 

@@ -143,8 +143,7 @@ def flops(cfg: ModelConfig, length: int) -> int:
   """FLOPs of the forward pass, per token: projections and the recurrence in chunks of 64 tokens."""
   del length
   heads, _, key, value = cfg.gdn_sizes
-  matrices = 2 * sum(math.prod(s.shape) for s in specs(cfg).values() if s.contract)
-  return matrices + heads * (6 * key * value + 3 * CHUNK * key + CHUNK**2)
+  return param.matmul_flops(specs(cfg)) + heads * (6 * key * value + 3 * CHUNK * key + CHUNK**2)
 
 
 def warm_start(params: dict, cfg: ModelConfig, variant: str) -> tuple[dict, ModelConfig]:
