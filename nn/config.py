@@ -95,7 +95,8 @@ class MoE:
   shared_gate: bool = False            # times a sigmoid gate of its own
   balance_loss: float = 0.0            # coefficient of the Switch loss, which is 1 for even loads
   z_loss: float = 0.0                  # coefficient of the mean square of the router's log-normaliser
-  bias_rate: float = 0.0               # step of the selection bias towards even loads; 0: there is no bias
+  bias_rate: float = 0.0               # step of the selection bias towards even loads; 0: there is none, or it stays
+  bias: bool = False                   # there is one without a rate, too: a checkpoint's that stays as it is
   matmul: str = 'auto'                 # implementation, see kernels/grouped_matmul
   dispatch: str = 'auto'               # each device sorts its own tokens, or 'global': the compiler splits one sort of all
 
