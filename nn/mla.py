@@ -22,6 +22,7 @@ from kernels import attention as kernel
 from nn import cache, norm, param, rope
 from nn.config import ModelConfig
 from nn.linear import linear
+from nn.param import Spec
 
 # latent [B, L, R + P] in the compute dtype: c, then the shared key, turned. Heads are split over
 # devices, the latent is whole on each of them.
@@ -37,7 +38,7 @@ def specs(cfg: ModelConfig) -> dict:
 
   table = {
       'kv_down': matrix(('embed', 'rank'), rank=m.kv_rank),
-      'kv_norm': norm.specs(m.kv_rank, 'rank'),
+      'kv_norm': Spec((m.kv_rank,), ('rank',), param.ones),
       'k_up': matrix(('rank', 'heads', 'key_dim'), ('rank',), rank=m.kv_rank, key_dim=m.nope_dim),
       'v_up': matrix(('rank', 'heads', 'value_dim'), ('rank',), rank=m.kv_rank),
       'o': param.matrix(sizes, ('heads', 'value_dim', 'embed'), contract=('heads', 'value_dim'),
@@ -51,7 +52,7 @@ def specs(cfg: ModelConfig) -> dict:
   rank = cfg.mla.q_rank
   return table | {
       'q_down': matrix(('embed', 'rank'), rank=rank),
-      'q_norm': norm.specs(rank, 'rank'),
+      'q_norm': Spec((rank,), ('rank',), param.ones),
       'q_up': matrix(('rank', 'heads', 'key_dim'), ('rank',), rank=rank, key_dim=key_dim)}
 
 
@@ -122,7 +123,7 @@ def _run(params, cfg, x, positions, segments):
 def _queries(params, cfg, x, positions):
   """Channels without positions [..., H, N], and with [..., H, P], turned to positions [...]."""
   if cfg.mla.q_rank:
-    low = norm.rms_norm(linear(x, params['q_down']), params['q_norm']['scale'], cfg.mla.norm_eps)
+    low = norm.rms_norm(linear(x, params['q_down']), params['q_norm'], cfg.mla.norm_eps)
     q = linear(low, params['q_up'])
   else:
     q = linear(x, params['q'])
@@ -132,7 +133,7 @@ def _queries(params, cfg, x, positions):
 
 def _latent(params, cfg, x, positions):
   """Normalised latent [..., R] and shared key [..., P], turned to positions [...]."""
-  latent = norm.rms_norm(linear(x, params['kv_down']), params['kv_norm']['scale'], cfg.mla.norm_eps)
+  latent = norm.rms_norm(linear(x, params['kv_down']), params['kv_norm'], cfg.mla.norm_eps)
   if not cfg.mla_sizes.rope_dim:
     return latent, latent[..., :0]
   shared = linear(x, params['k_shared'])
@@ -145,9 +146,9 @@ def _turn(cfg, x, positions):
     return x
   if cfg.mla.interleaved:
     x = x.reshape(*x.shape[:-1], -1, 2).swapaxes(-1, -2).reshape(x.shape)
-  return rope.rotate(x, positions, cfg.rope_theta)
+  return rope.rotate(x, positions, cfg.rope_theta, cfg.rope)
 
 
 def _scale(cfg):
   """Of the scores."""
-  return (cfg.mla_sizes.nope_dim + cfg.mla_sizes.rope_dim) ** -0.5
+  return (cfg.mla_sizes.nope_dim + cfg.mla_sizes.rope_dim) ** -0.5 * cfg.rope.latent_gain**2

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from nn import mla, model, param
-from nn.config import MLA
+from nn.config import MLA, Rope
 
 
 def by_hand(p, cfg, x):
@@ -29,8 +29,8 @@ def by_hand(p, cfg, x):
     pair = (first + 1j * second) * np.exp(1j * t * cfg.rope_theta ** (-np.arange(half) / half))
     return np.concatenate([pair.real, pair.imag])
 
-  low = rms(x @ p['q_down'], p['q_norm']['scale']) if 'q_down' in p else x
-  latent = rms(x @ p['kv_down'], p['kv_norm']['scale'])
+  low = rms(x @ p['q_down'], p['q_norm']) if 'q_down' in p else x
+  latent = rms(x @ p['kv_down'], p['kv_norm'])
   out = np.zeros_like(x)
   for h in range(cfg.num_heads):
     q = low @ p['q_up' if 'q_down' in p else 'q'][:, h]
@@ -62,6 +62,23 @@ def test_layer_and_its_steps_match_plain_numpy(changes):
   for t in range(6):
     y, state = step(params, cfg, x[:, t], jnp.array([t]), (jnp.arange(8) <= t)[None], t, state, None)
     np.testing.assert_allclose(y[0], expected[t], atol=2e-5)
+
+
+def test_yarn_scales_every_channel_by_its_gain():
+  """With equal weights the turned channels have no gain of their own, and all scores have both."""
+  scaling = Rope(kind='yarn', factor=8.0, length=16, mscale=0.5, mscale_all_dim=0.5)
+  gain = 0.1 * 0.5 * np.log(8) + 1
+  np.testing.assert_allclose(scaling.latent_gain, gain)
+  np.testing.assert_allclose(scaling.attention_gain, 1)
+  cfg = tiny.config(**tiny.LATENT, rope=scaling)
+  louder = dataclasses.replace(
+      cfg, rope=dataclasses.replace(scaling, mscale=0.0, mscale_all_dim=0.0, gain=1.0))
+  params = tiny.params(cfg)['head']['0']['mixer']
+  x, ones = jnp.asarray(tiny.params(cfg)['embed']['table'][None, :9]), jnp.ones((1, 9), jnp.int32)
+  apply = lambda params, cfg: jax.jit(mla.apply, static_argnums=1)(
+      params, cfg, x, jnp.arange(9)[None], ones)
+  np.testing.assert_allclose(
+      apply(params, cfg), apply(params | {'q_up': params['q_up'] * gain**2}, louder), atol=1e-5)
 
 
 def test_sizes_follow_the_ratios_of_the_paper_and_the_cache_holds_latents_only():
