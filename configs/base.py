@@ -36,8 +36,8 @@ def get_config() -> ConfigDict:
 
   defaults = {f.name: f.default for f in dataclasses.fields(ModelConfig)}    # explained there
   c.model = ConfigDict({name: x for name, x in defaults.items()
-                        if name not in ('rules', 'gdn', 'moe') and x is not dataclasses.MISSING})
-  for part in ('gdn', 'moe'):          # of layers with that mixer or FFN; explained there, too
+                        if name not in ('rules', 'gdn', 'moe', 'lora') and x is not dataclasses.MISSING})
+  for part in ('gdn', 'moe', 'lora'):  # of layers with that mixer or FFN, and adapters; explained there, too
     c.model[part] = ConfigDict(dataclasses.asdict(defaults[part]))
   c.model.vocab_size = 0               # ids; 0: as many as the tokenizer has
   c.model.embed_dim = 128              # width D

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from configs import base
-from nn.config import GDN, RULES, ModelConfig, MoE
+from nn.config import GDN, RULES, LoRA, ModelConfig, MoE
 from rl import methods, names
 from rl.methods import METHODS
 
@@ -350,7 +350,8 @@ def model_config(model: Tracked | ConfigDict, vocab_size: int) -> ModelConfig:
                      f'fewer than the {vocab_size} ids of the tokenizer')
   fields['vocab_size'] = fields['vocab_size'] or vocab_size
   fields['rules'] = tuple((axis, fields['rules'][axis]) for axis, _ in RULES)
-  return ModelConfig(**fields | {'gdn': GDN(**fields['gdn']), 'moe': MoE(**fields['moe'])})
+  parts = {'gdn': GDN, 'moe': MoE, 'lora': LoRA}
+  return ModelConfig(**fields | {name: part(**fields[name]) for name, part in parts.items()})
 
 
 def to_json(config: ConfigDict) -> str:

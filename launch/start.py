@@ -91,7 +91,8 @@ def check(run: Run, built: list[Built], settings: Settings, saved: dict | None,
     raise ValueError(f'checkpoint.best_metric is {settings.best_metric!r}; the evaluations of this '
                      f'run measure {measured}')
   if settings.init:
-    checkpoint.check_params(settings.init, param.abstract(run.specs))
+    wanted = checkpoint.as_saved(settings.init, param.abstract(run.specs))
+    checkpoint.check_params(settings.init, wanted)
   kind = lambda b: jax.tree.structure(abstract_state(run, b).opt_state)
   for before, b in zip(built, built[1:]):
     if not b.reset_optimizer and kind(before) != kind(b):
@@ -123,11 +124,14 @@ def begin(run: Run, built: list[Built], checkpoints: checkpoint.Checkpointer, in
   if saved:
     wanted = abstract_state(run, owner_of(built, saved))
     return checkpoints.restore(saved['step'], wanted), saved['step']
+  params = {}
   if init:
-    params = checkpoint.load_params(init, param.abstract(run.specs, run.shardings))
-  else:
-    make = jax.jit(lambda key: param.init(key, run.specs), out_shardings=run.shardings)
-    params = make(run.key_of('init'))
+    whole = param.abstract(run.specs, run.shardings)
+    params = checkpoint.load_params(init, checkpoint.as_saved(init, whole))
+  if missing := run.specs.keys() - params.keys():
+    pick = lambda tree: {name: tree[name] for name in missing}
+    make = jax.jit(lambda key: pick(param.init(key, run.specs)), out_shardings=pick(run.shardings))
+    params |= make(run.key_of('init'))
   return step_lib.TrainState(0, params, None), 0
 
 
@@ -207,7 +211,8 @@ def warn_of_rows(log: metrics.Logger, built: Built, step: int) -> None:
 def describe(run: Run, built: list[Built], saved: dict | None) -> list[tuple[str, str]]:
   """The start-up summary: (name, value) lines."""
   devices = jax.devices()
-  held = param.bytes_per_device(run.specs, run.mesh, dict(run.cfg.rules))
+  size = lambda table: param.bytes_per_device(table, run.mesh, dict(run.cfg.rules))
+  held, gradients = size(run.specs), size(param.split(run.specs, run.specs)[0])
   moments = max(opt_bytes(run, b) for b in built)
   sizes = [f'{axis} {size}' for axis, size in run.mesh.shape.items() if size > 1]
   kind = run.cfg.attention
@@ -215,13 +220,18 @@ def describe(run: Run, built: list[Built], saved: dict | None) -> list[tuple[str
     chosen = {attention.choose(jax.default_backend(), b.length, run.cfg.head_dim) for b in built}
     kind = f'auto: {", ".join(sorted(chosen))}'
   linear = [('fg2_gdn', recurrence(run.cfg))] if any(m == 'gdn' for m, _ in run.cfg.layers) else []
+  adapters = []
+  if run.cfg.lora.rank:
+    adapters = [('adapters', f'{param.count(run.specs["lora"]):,} parameters; the others stay')]
   resumed = f', resumed at step {saved["step"]}' if saved else ''
   return [
       ('devices', f'{len(devices)} x {devices[0].device_kind}, {jax.process_count()} process(es)'),
       ('mesh', ' x '.join(sizes) or 'one device'),
       ('model', f'{param.count(run.specs):,} parameters, {len(run.cfg.layers)} layers, '
                 f'compute in {run.cfg.dtype}'),
-      ('bytes per device', f'{held:,} parameters + {moments:,} optimiser + {held:,} gradients'),
+      *adapters,
+      ('bytes per device', f'{held:,} parameters + {moments:,} optimiser + '
+                           f'{gradients:,} gradients'),
       ('attention', kind),
       *linear,
       *((b.phase.name, f'steps {b.phase.first} to {b.phase.last}, up to {b.tokens:,} tokens a step')

@@ -16,6 +16,7 @@ RULES = (
     ('key_dim', ()),
     ('value_dim', ()),
     ('rank', ()),
+    ('adapter', ()),
     ('conv', ()),
     ('ffw', ('model',)),
     ('vocab', ('model',)),
@@ -102,6 +103,27 @@ class MoE:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LoRA:
+  """Low-rank adapters, see `nn/lora.py`. With them, nothing else is trained."""
+  rank: int = 0                        # of a change; 0: no adapters
+  alpha: float = 16.0                  # a change is alpha / rank times the product of its two matrices,
+  rslora: bool = False                 # or alpha / sqrt(rank) (arXiv:2312.03732)
+  targets: tuple[str, ...] = ('*',)    # which matrices of layers: '*/mixer/*', 'blocks/*/mixer/q'; * spans slashes, too
+
+  def __post_init__(self):
+    if self.rank < 0:
+      raise ValueError(f'model.lora.rank is {self.rank}, wanted at least 1, or 0 for no adapters')
+    if not self.alpha > 0:
+      raise ValueError(f'model.lora.alpha is {self.alpha}, wanted more than 0')
+    if not self.targets:
+      raise ValueError("model.lora.targets is empty; name matrices, as '*/mixer/*', or set model.lora.rank to 0")
+
+  @property
+  def scale(self) -> float:
+    return self.alpha / (self.rank ** 0.5 if self.rslora else self.rank)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
   """A decoder: `head` layers, then `pattern` x `repeats` under one scan, then `tail` layers."""
   vocab_size: int
@@ -118,6 +140,7 @@ class ModelConfig:
   moe: MoE = MoE()
   max_length: int = 2048               # tokens of a row: longer rows are refused
   gdn: GDN = GDN()                     # of the mixer 'gdn'
+  lora: LoRA = LoRA()                  # adapters
   rope_theta: float = 10_000.0         # base of the rotary angles; 0: attention without positions
   qk_norm: bool = False
   norm_eps: float = 1e-6
@@ -146,6 +169,8 @@ class ModelConfig:
     if any(ffn == 'moe' for _, ffn in self.layers) and not self.moe.ffw_dim and self.ffw_dim % self.moe.top_k:
       raise ValueError(f'model.ffw_dim {self.ffw_dim} is not a multiple of model.moe.top_k {self.moe.top_k}; '
                        'give model.moe.ffw_dim')
+    if not self.lora.rank and self.lora != LoRA():
+      raise ValueError('model.lora is set and model.lora.rank is 0: there are no adapters; wanted at least 1')
     if not self.layers:
       raise ValueError('the model has no layers: head, pattern x repeats and tail are all empty')
     mixers = [mixer for mixer, _ in self.layers]
