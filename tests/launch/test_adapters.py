@@ -71,4 +71,4 @@ def test_other_adapters_are_refused(runs, tmp_path, monkeypatch, capsys):
       monkeypatch, capsys, tmp_path / 'run', *LORA, f'init={adapted}', 'model.lora.rank=3')
   assert 'params/lora/blocks/0/ffn/down/a is float32[2, 32, 2] in the checkpoint' in line
   line = train_runs.refused(monkeypatch, capsys, tmp_path / 'run', *LORA, 'model.lora.rank=17')
-  assert 'model.lora.rank is 17, more than blocks/0/mixer/q can have' in line
+  assert 'model.lora.rank is 17, more than' in line
