@@ -15,7 +15,7 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
-from nn.config import RULES, ModelConfig
+from nn.config import PARTS, RULES, ModelConfig
 from rl.methods import METHODS
 
 # Blocks whose keys a config invents; the value's type is given here.
@@ -36,8 +36,8 @@ def get_config() -> ConfigDict:
 
   defaults = {f.name: f.default for f in dataclasses.fields(ModelConfig)}    # explained there
   c.model = ConfigDict({name: x for name, x in defaults.items()
-                        if name not in ('rules', 'gdn', 'moe', 'lora') and x is not dataclasses.MISSING})
-  for part in ('gdn', 'moe', 'lora'):  # of layers with that mixer or FFN, and adapters; explained there, too
+                        if name not in ('rules', *PARTS) and x is not dataclasses.MISSING})
+  for part in PARTS:                   # explained there, too
     c.model[part] = ConfigDict(dataclasses.asdict(defaults[part]))
   c.model.vocab_size = 0               # ids; 0: as many as the tokenizer has
   c.model.embed_dim = 128              # width D

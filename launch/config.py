@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from configs import base
-from nn.config import GDN, RULES, LoRA, ModelConfig, MoE
+from nn import config as model_lib
+from nn.config import RULES, ModelConfig
 from rl import methods, names
 from rl.methods import METHODS
 
@@ -350,8 +351,7 @@ def model_config(model: Tracked | ConfigDict, vocab_size: int) -> ModelConfig:
                      f'fewer than the {vocab_size} ids of the tokenizer')
   fields['vocab_size'] = fields['vocab_size'] or vocab_size
   fields['rules'] = tuple((axis, fields['rules'][axis]) for axis, _ in RULES)
-  parts = {'gdn': GDN, 'moe': MoE, 'lora': LoRA}
-  return ModelConfig(**fields | {name: part(**fields[name]) for name, part in parts.items()})
+  return model_lib.from_dict(fields)
 
 
 def to_json(config: ConfigDict) -> str:
