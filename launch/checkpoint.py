@@ -23,6 +23,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 import launch.memory
+from nn import lora
 
 Tree = Any
 
@@ -236,6 +237,13 @@ def check_params(path: str | Path, abstract_params: Tree) -> Path:
   found = {k: v for k, v in read_meta(folder)['leaves'].items() if k.startswith('params/')}
   _compare(folder, found, _leaves({'params': abstract_params}), dtypes=False)
   return folder
+
+
+def as_saved(path: str | Path, abstract_params: Tree) -> Tree:
+  """abstract_params without the adapters, where the checkpoint is of the model without any."""
+  if any(name.startswith('params/lora/') for name in read_meta(find(path))['leaves']):
+    return abstract_params
+  return lora.base(abstract_params)
 
 
 def load_params(path: str | Path, abstract_params: Tree) -> Tree:

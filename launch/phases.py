@@ -19,7 +19,7 @@ from launch import engine as engine_lib
 from launch import mesh as mesh_lib
 from launch import step as step_lib
 from launch.loop import Phase
-from nn import model, param
+from nn import lora, model, param
 from nn.config import ModelConfig
 from rl import gate, methods, sample
 from rl.envs import arithmetic
@@ -319,7 +319,7 @@ def build_rl(run: Run, name: str, first: int, last: int) -> Built:
   score = engine_lib.make_score(run.cfg, run.mesh, num_rows // c.parts // c.microbatches, replay)
 
   def make_engine(params):
-    held = run.weights | {'policy': params}
+    held = {name: lora.on_base(w, params) for name, w in run.weights.items()} | {'policy': params}
 
     def sample_rows(source, texts, group, changes, key):
       known = {k: v for k, v in changes.items() if k in vars(sampling)}

@@ -13,8 +13,7 @@ from jax.experimental import multihost_utils
 
 from launch import checkpoint, rl_phase
 from launch import config as config_lib
-from nn import model
-from nn import param
+from nn import lora, model, param
 from rl import compose, gate, rewards, sample
 from rl.names import choose
 from rl.rewards import pool
@@ -136,11 +135,14 @@ def build_reference(run: Any, c: Any, method: Method) -> Callable:
   path, folder = c.reference, run.workdir / 'reference'
   abstract = param.abstract(run.specs, run.shardings)
   if path:
+    abstract = checkpoint.as_saved(path, abstract)
     checkpoint.check_params(path, abstract)
+  else:
+    abstract = lora.changing(abstract)
 
   def enter(params, begins):
     if begins:
-      chosen = checkpoint.load_params(path, abstract) if path else params
+      chosen = checkpoint.load_params(path, abstract) if path else lora.changing(params)
       replace_params(folder, chosen, path or 'the policy at the start of the RL phase')
     # Read back: the policy's own arrays are donated to the next train step.
     run.weights['reference'] = checkpoint.load_params(folder, abstract)

@@ -93,7 +93,8 @@ def check(run: Run, built: list[Built], settings: Settings, saved: dict | None,
     raise ValueError(f'checkpoint.best_metric is {settings.best_metric!r}; the evaluations of this '
                      f'run measure {measured}')
   if settings.init:
-    checkpoint.check_params(settings.init, param.abstract(run.specs))
+    wanted = checkpoint.as_saved(settings.init, param.abstract(run.specs))
+    checkpoint.check_params(settings.init, wanted)
   kind = lambda b: jax.tree.structure(phases.abstract_state(b).opt_state)
   for before, b in zip(built, built[1:]):
     if not b.reset_optimizer and kind(before) != kind(b):
@@ -126,11 +127,14 @@ def begin(run: Run, built: list[Built], checkpoints: checkpoint.Checkpointer, in
   if saved:
     wanted = phases.abstract_state(owner_of(built, saved))
     return checkpoints.restore(saved['step'], wanted), saved['step']
+  params = {}
   if init:
-    params = checkpoint.load_params(init, param.abstract(run.specs, run.shardings))
-  else:
-    make = jax.jit(lambda key: param.init(key, run.specs), out_shardings=run.shardings)
-    params = make(run.key_of('init'))
+    whole = param.abstract(run.specs, run.shardings)
+    params = checkpoint.load_params(init, checkpoint.as_saved(init, whole))
+  if missing := run.specs.keys() - params.keys():
+    pick = lambda tree: {name: tree[name] for name in missing}
+    make = jax.jit(lambda key: pick(param.init(key, run.specs)), out_shardings=pick(run.shardings))
+    params |= make(run.key_of('init'))
   return step_lib.TrainState(0, params, None), 0
 
 
@@ -233,7 +237,8 @@ def describe(run: Run, built: list[Built], saved: dict | None) -> list[tuple[str
   """The start-up summary: (name, value) lines."""
   devices = jax.devices()
   largest = built[-1].run.specs
-  held = param.bytes_per_device(largest, run.mesh, dict(run.cfg.rules))
+  size = lambda table: param.bytes_per_device(table, run.mesh, dict(run.cfg.rules))
+  held, gradients = size(largest), size(param.split(largest, largest)[0])
   moments = max(opt_bytes(b) for b in built)
   sizes = [f'{axis} {size}' for axis, size in run.mesh.shape.items() if size > 1]
   kind = run.cfg.attention
@@ -245,13 +250,18 @@ def describe(run: Run, built: list[Built], saved: dict | None) -> list[tuple[str
   grows = [('growth', f'at step {b.phase.first}, from {b.growth.before.run.cfg.moe.experts} to '
                       f'{b.run.cfg.moe.experts} experts a layer, {param.count(largest):,} parameters')
            for b in built if b.growth]
+  adapters = []
+  if run.cfg.lora.rank:
+    adapters = [('adapters', f'{param.count(run.specs["lora"]):,} parameters; the others stay')]
   resumed = f', resumed at step {saved["step"]}' if saved else ''
   return [
       ('devices', f'{len(devices)} x {devices[0].device_kind}, {jax.process_count()} process(es)'),
       ('mesh', ' x '.join(sizes) or 'one device'),
       ('model', f'{param.count(run.specs):,} parameters, {len(run.cfg.layers)} layers, '
                 f'compute in {run.cfg.dtype}'),
-      ('bytes per device', f'{held:,} parameters + {moments:,} optimiser + {held:,} gradients'),
+      *adapters,
+      ('bytes per device', f'{held:,} parameters + {moments:,} optimiser + '
+                           f'{gradients:,} gradients'),
       ('attention', kind),
       *linear,
       *((b.phase.name, f'steps {b.phase.first} to {b.phase.last}, up to {b.tokens:,} tokens a step')

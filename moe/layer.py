@@ -15,7 +15,7 @@ from kernels import grouped_matmul as kernel
 from moe import dispatch, router
 from nn import param
 from nn.config import ModelConfig
-from nn.linear import linear
+from nn.linear import Adapted, linear
 from nn.param import Spec
 
 
@@ -67,6 +67,7 @@ def apply(
   if routes is None:
     routes = jnp.full((*segments.shape, cfg.moe.top_k), -1, jnp.int32)
   experts = {name: params[name] for name in ('router', 'bias', 'gate', 'up', 'down') if name in params}
+  experts = {name: w.merged() if isinstance(w, Adapted) else w for name, w in experts.items()}
   y, routes, stats = split_over_devices(cfg, experts, x, segments, routes)
   extras = {'aux_loss': router.losses(stats, cfg.moe), 'load': stats['load'], **routes}
   if 'shared' in params:

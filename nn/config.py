@@ -18,6 +18,7 @@ RULES = (
     ('key_dim', ()),
     ('value_dim', ()),
     ('rank', ()),
+    ('adapter', ()),
     ('conv', ()),
     ('ffw', ('model',)),
     ('vocab', ('model',)),
@@ -175,6 +176,27 @@ class Rope:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LoRA:
+  """Low-rank adapters, see `nn/lora.py`. With them, nothing else is trained."""
+  rank: int = 0                        # of a change; 0: no adapters
+  alpha: float = 16.0                  # a change is alpha / rank times the product of its two matrices,
+  rslora: bool = False                 # or alpha / sqrt(rank) (arXiv:2312.03732)
+  targets: tuple[str, ...] = ('*',)    # which matrices of layers: '*/mixer/*', 'blocks/*/mixer/q'; * spans slashes, too
+
+  def __post_init__(self):
+    if self.rank < 0:
+      raise ValueError(f'model.lora.rank is {self.rank}, wanted at least 1, or 0 for no adapters')
+    if not self.alpha > 0:
+      raise ValueError(f'model.lora.alpha is {self.alpha}, wanted more than 0')
+    if not self.targets:
+      raise ValueError("model.lora.targets is empty; name matrices, as '*/mixer/*', or set model.lora.rank to 0")
+
+  @property
+  def scale(self) -> float:
+    return self.alpha / (self.rank ** 0.5 if self.rslora else self.rank)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
   """A decoder: `head` layers, then `pattern` x `repeats` under one scan, then `tail` layers."""
   vocab_size: int
@@ -192,6 +214,7 @@ class ModelConfig:
   max_length: int = 2048               # tokens of a row: longer rows are refused
   gdn: GDN = GDN()                     # of the mixer 'gdn'
   mla: MLA = MLA()                     # of the mixer 'mla'
+  lora: LoRA = LoRA()                  # adapters
   rope_theta: float = 10_000.0         # base of the rotary angles; 0: attention without positions
   rope_share: float = 1.0              # of a head's elements that are turned, the first ones
   rope: Rope = Rope()                  # for contexts longer than those of pretraining
@@ -243,6 +266,8 @@ class ModelConfig:
     if any(ffn == 'moe' for _, ffn in self.layers) and not self.moe.ffw_dim and self.ffw_dim % self.moe.top_k:
       raise ValueError(f'model.ffw_dim {self.ffw_dim} is not a multiple of model.moe.top_k {self.moe.top_k}; '
                        'give model.moe.ffw_dim')
+    if not self.lora.rank and self.lora != LoRA():
+      raise ValueError('model.lora is set and model.lora.rank is 0: there are no adapters; wanted at least 1')
     if not self.layers:
       raise ValueError('the model has no layers: head, pattern x repeats and tail are all empty')
     mixers = [mixer for mixer, _ in self.layers]
@@ -300,7 +325,7 @@ class ModelConfig:
     return tuple(pair(entry, self.ffn) for entry in entries)
 
 
-PARTS = {'gdn': GDN, 'mla': MLA, 'moe': MoE, 'rope': Rope}     # fields of ModelConfig that have fields
+PARTS = {'gdn': GDN, 'mla': MLA, 'moe': MoE, 'rope': Rope, 'lora': LoRA}     # fields of ModelConfig that have fields
 
 
 def from_dict(fields: Mapping[str, Any]) -> ModelConfig:
@@ -308,6 +333,33 @@ def from_dict(fields: Mapping[str, Any]) -> ModelConfig:
   tuples = lambda x: tuple(map(tuples, x)) if isinstance(x, list | tuple) else x
   fields = {name: tuples(x) for name, x in fields.items()}
   return ModelConfig(**fields | {name: kind(**fields[name]) for name, kind in PARTS.items() if name in fields})
+
+
+# What a run chooses without becoming another model.
+RUN_FIELDS = {
+    '': ('max_length', 'dtype', 'remat', 'unroll', 'attention', 'score_chunk', 'rules', 'lora'),
+    'gdn': ('implementation', 'chunk'),
+    'moe': ('balance_loss', 'z_loss', 'bias_rate', 'matmul', 'dispatch')}
+
+
+def architecture(cfg: ModelConfig) -> dict[str, Any]:
+  """{field: value} of what makes up the function, in one form for all configs that mean the same."""
+  fields = dataclasses.asdict(cfg)
+  mixers, ffns = ({names[i] for names in cfg.layers} for i in (0, 1))
+  fields['layers'] = cfg.layers
+  fields['query_scalar'] = cfg.query_scalar or cfg.head_dim
+  fields['attention_bias'] = sorted(cfg.attention_bias)
+  fields['rope'] |= {'fast': cfg.rope.turns, 'gain': cfg.rope.attention_gain}
+  fields['gdn'] |= cfg.gdn_sizes._asdict()
+  fields['moe']['ffw_dim'] = cfg.moe.ffw_dim or cfg.ffw_dim // cfg.moe.top_k
+  unused = {'head', 'pattern', 'repeats', 'tail', 'ffn', *RUN_FIELDS['']}
+  unused |= {'gdn'} - mixers | {'moe'} - ffns
+  unused |= {'ffw_dim'} if 'mlp' not in ffns else set()
+  unused |= {'rope_theta'} if mixers == {'local'} else set()
+  unused |= {f'{part}.{name}' for part in PARTS for name in RUN_FIELDS.get(part, ())}
+  kept = {name: x for name, x in fields.items() if name not in unused}
+  inner = {f'{part}.{name}': x for part in PARTS if part in kept for name, x in kept.pop(part).items()}
+  return kept | {name: x for name, x in inner.items() if name not in unused}
 
 
 class GDNSizes(NamedTuple):

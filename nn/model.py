@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from nn import block, gdn, linear, norm, param
+from nn import block, gdn, linear, lora, norm, param
 from nn import cache as cache_lib
 from nn.config import ModelConfig, pair
 from nn.param import Spec
@@ -20,7 +20,7 @@ from nn.types import Cache, Output
 
 
 def specs(cfg: ModelConfig) -> dict:
-  """The table of every parameter."""
+  """The table of every parameter, adapters included."""
   embed = Spec((cfg.vocab_size, cfg.embed_dim), ('vocab', 'embed'), param.normal(0.02))
   table = {'embed': {'table': embed}}
   for part, layers in _parts(cfg).items():
@@ -30,7 +30,7 @@ def specs(cfg: ModelConfig) -> dict:
   if not cfg.tied:
     sizes = {'vocab': cfg.vocab_size, 'embed': cfg.embed_dim}
     table['unembed'] = {'table': param.matrix(sizes, ('vocab', 'embed'), contract=('embed',))}
-  return table
+  return lora.specs(table, cfg.lora)
 
 
 def init(key: jax.Array, cfg: ModelConfig) -> dict:
@@ -65,14 +65,15 @@ def forward(
 
 
 def prepare(params: dict, cfg: ModelConfig) -> dict:
-  """Parameters for a loop over tokens: matrices in the compute dtype, unrolled layers apart.
+  """Parameters for a loop over tokens: matrices merged with their adapters and in the compute dtype,
+  unrolled layers apart.
 
-  `prefill` and `step` give the same with either form; without this, they round and cut the weights
-  again for every token.
+  `prefill` and `step` give the same with either form; without this, they merge, round and cut the
+  weights again for every token.
   """
   table = param.flat(specs(cfg))
   rounded = {name: a.astype(cfg.dtype) if table[name].contract or name == 'embed/table' else a
-             for name, a in param.flat(params).items()}
+             for name, a in param.flat(lora.merge(params, cfg.lora)).items()}
   params = param.unflat(rounded)
   if 'blocks' in params and cfg.unroll:
     params['blocks'] = _apart(params['blocks'], cfg)
@@ -154,7 +155,7 @@ def square_sums(tree: dict, cfg: ModelConfig) -> dict[str, jax.Array]:
   """
   total = lambda part: sum(jnp.sum(jnp.square(a)) for a in jax.tree.leaves(part))
   out = {name: total(part) for name, part in tree.items() if name not in _parts(cfg)}
-  for (part, name), indices in _by_layer(cfg):
+  for (part, name), indices in by_layer(cfg):
     leaves = jax.tree.leaves(tree.get(part, {}).get(name, {}))
     for r, i in enumerate(indices) if leaves else ():
       out[f'layer {i}'] = total([a[r] for a in leaves] if part == 'blocks' else leaves)
@@ -164,18 +165,23 @@ def square_sums(tree: dict, cfg: ModelConfig) -> dict[str, jax.Array]:
 def flops(cfg: ModelConfig, length: int) -> int:
   """Training FLOPs per token of rows of `length`: forward, and twice that backward.
 
+  Under adapters backward is once: of weights there are only their gradients, too small to count.
   Recomputation is not counted.
   """
   layers = sum(block.flops(cfg, names, length) for names in cfg.layers)
-  return 3 * (layers + 2 * cfg.embed_dim * cfg.vocab_size)
+  return (2 if cfg.lora.rank else 3) * (layers + 2 * cfg.embed_dim * cfg.vocab_size)
 
 
 def after_update(params: dict, cfg: ModelConfig, load: Mapping[int, jax.Array]) -> dict:
   """Parameters after an optimiser step where more than the gradient changes them: selection biases.
 
+  They stay under adapters, which would not fit another model's.
+
   Args:
     load: {layer index: [experts]}, Output.load summed over the step.
   """
+  if cfg.lora.rank:
+    return params
   params, names = dict(params), dict(by_layer(cfg))
   for (part, name), indices in names.items():
     if indices[0] in load:
@@ -249,6 +255,15 @@ def by_layer(cfg: ModelConfig) -> list[tuple[tuple[str, str], tuple[int, ...]]]:
   return entries
 
 
+def places(cfg: ModelConfig) -> list[tuple[str, tuple[int, ...]]]:
+  """Where every layer's parameters are: path in the table, and index in its stacked arrays."""
+  found = {}
+  for (part, name), indices in by_layer(cfg):
+    for r, i in enumerate(indices):
+      found[i] = f'{part}/{name}', (r,) if part == 'blocks' else ()
+  return [found[i] for i in range(len(cfg.layers))]
+
+
 def _replays(cfg: ModelConfig, routes: Mapping[int, jax.Array], shape: tuple[int, int]) -> dict:
   """routes as `_walk` wants states; a layer under the scan that is not named chooses anew."""
   if wrong := [i for i in routes if i not in range(len(cfg.layers)) or cfg.layers[i][1] != 'moe']:
@@ -293,7 +308,7 @@ def _walk(
   Returns:
     x, states, and the extras of every layer in the order of the model.
   """
-  extras, new = [], {}
+  extras, new, params = [], {}, lora.adapted(params, cfg.lora)
 
   def period(layers, params, x, states, at):
     states, out = dict(states), []

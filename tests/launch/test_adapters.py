@@ -1,0 +1,74 @@
+"""A run with adapters: on a checkpoint without them, through two phases, interrupted, with a reference."""
+
+import numpy as np
+import pytest
+
+import train_runs
+from launch import checkpoint
+
+pytestmark = pytest.mark.usefixtures('cheap_compilation')
+
+LORA = ('model.lora.rank=2', 'model.lora.targets=*/mixer/q,*/ffn/*', 'rl.steps=2',
+        'checkpoint.every=1', 'eval.every=2')
+
+
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory):
+  """Workdirs of a model, and of adapters trained on it: two steps of SFT, two of RL."""
+  folder = tmp_path_factory.mktemp('adapters')
+  base, adapted = folder / 'base', folder / 'adapted'
+  assert train_runs.run(base, 'phases=sft', 'sft.steps=2') == 0
+  assert train_runs.run(adapted, *LORA, f'init={base}', 'sft.steps=2') == 0
+  return base, adapted
+
+
+def parameters(workdir, step):
+  return {name: x for name, x in train_runs.state(workdir, step).items() if "'params'" in name}
+
+
+def test_the_model_stays_and_adapters_are_trained(runs):
+  base, adapted = runs
+  model, after = parameters(base, 2), parameters(adapted, 4)
+  for name, x in model.items():
+    np.testing.assert_array_equal(after.pop(name), x, err_msg=name)
+  before = parameters(adapted, 1)
+  assert len(after) == 8 and all("'lora'" in name for name in after)
+  assert all((x != before[name]).any() for name, x in after.items())
+  size = lambda arrays: sum(x.size for x in arrays)
+  moments = size(x for name, x in train_runs.state(adapted, 4).items() if name not in
+                 parameters(adapted, 4))
+  assert moments < 2 * size(after.values()) + 5       # Adam's two, and a few counts
+
+
+def test_the_reference_is_the_policy_as_rl_began(runs):
+  """It shares the model's arrays, so that only adapters are written."""
+  _, adapted = runs
+  kept = checkpoint.read_meta(adapted / 'reference')['leaves']
+  assert len(kept) == 8 and all(name.startswith('params/lora/') for name in kept)
+  kl = [x['kl'] for (phase, _), x in train_runs.logged(adapted).items() if phase == 'rl']
+  assert abs(kl[0]) < 1e-9 < kl[1]
+
+
+def test_an_interrupted_run_goes_on_bit_for_bit(runs, tmp_path):
+  base, adapted = runs
+  again = train_runs.rewound(adapted, 3, tmp_path / 'again')
+  assert train_runs.run(again, *LORA, f'init={base}', 'sft.steps=2') == 0
+  train_runs.assert_same_checkpoint(adapted, again, 4)
+
+
+def test_a_reference_may_be_the_model_without_adapters(runs, tmp_path):
+  base, adapted = runs
+  assert train_runs.run(tmp_path / 'run', *LORA, f'init={adapted}', 'phases=rl',
+                        f'rl.reference={base}') == 0
+  kept = checkpoint.read_meta(tmp_path / 'run' / 'reference')['leaves']
+  assert kept and not any('lora' in name for name in kept)
+  assert train_runs.logged(tmp_path / 'run')['rl', 1]['kl'] > 1e-9
+
+
+def test_other_adapters_are_refused(runs, tmp_path, monkeypatch, capsys):
+  _, adapted = runs
+  line = train_runs.refused(
+      monkeypatch, capsys, tmp_path / 'run', *LORA, f'init={adapted}', 'model.lora.rank=3')
+  assert 'params/lora/blocks/0/ffn/down/a is float32[2, 32, 2] in the checkpoint' in line
+  line = train_runs.refused(monkeypatch, capsys, tmp_path / 'run', *LORA, 'model.lora.rank=17')
+  assert 'model.lora.rank is 17, more than' in line
