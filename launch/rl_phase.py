@@ -97,7 +97,7 @@ def response_text(tokenizer: Any, rows: Rows, n: int) -> str:
 
 
 def text_of(tokenizer: Any, ids: list[int]) -> str:
-  return tokenizer.decode([i for i in ids if i != tokenizer.eos_id])
+  return tokenizer.decode([i for i in ids if i not in tokenizer.end_ids])
 
 
 def grade(grader: Any, tokenizer: Any, prompts: tuple, rows: Rows) -> tuple[dict, dict]:

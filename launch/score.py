@@ -64,7 +64,7 @@ def parse(arguments: list[str]):
 
 def read(row: dict, speaker) -> dict:
   """{'id' if there is one, 'tokens': ids, 'mask': 1 where a token is to be scored}."""
-  from data import chat, fields
+  from data import fields
   tokenizer, most = speaker.tokenizer, speaker.cfg.max_length
   kinds = [names for names in KINDS if row.keys() >= set(names)]
   if len(kinds) != 1:
@@ -74,7 +74,7 @@ def read(row: dict, speaker) -> dict:
     ids = fields.ids(row, 'tokens', tokenizer.vocab_size)
     mask = [1] * len(ids)
   elif kinds[0] == ('messages',):
-    ids, mask = chat.encode(tokenizer, row['messages'], row.get('tools'))
+    ids, mask = fields.example(row, fields.Format(kind='chat'), tokenizer)
   elif kinds[0] == ('text',):
     ids = fields.begin(tokenizer) + tokenizer.encode(fields.string(row, 'text'))
     mask = [1] * len(ids)

@@ -121,7 +121,7 @@ def make_sampling(speaker: Speaker, options: argparse.Namespace) -> sample.Sampl
       max_tokens=options.max_tokens or min(MOST_TOKENS, max(1, cfg.max_length // 2)),
       temperature=options.temperature, top_k=options.top_k, top_p=options.top_p,
       min_p=options.min_p, support=min(cfg.vocab_size, options.top_k or CANDIDATES),
-      eos=(speaker.tokenizer.eos_id,), stop=tuple(text.encode() for text in options.stop))
+      eos=speaker.tokenizer.end_ids, stop=tuple(text.encode() for text in options.stop))
 
 
 def prompt(speaker: Speaker, text: str) -> tuple[str, list[int]]:
