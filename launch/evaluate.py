@@ -58,8 +58,7 @@ def main(arguments: list[str]) -> int:
   with files.whole(folder / 'metrics.json') as out:
     out.write(json.dumps({
         'tasks': {name: numbers for name, (numbers, _) in results.items()},
-        'model': options.model, 'step': speaker.step, 'options': vars(options),
-        **checkpoint.provenance()}, indent=1).encode())
+        'step': speaker.step, 'options': vars(options), **checkpoint.provenance()}, indent=1).encode())
   return 0
 
 

@@ -63,7 +63,7 @@ def test_known_answers_give_known_accuracies(parrots, evaluated, capsys):
       ('42', 1), ('7', 1), ('42', 0), ('', 0)]
   assert [x['output'] for x in lines['exact']] == ['7', 'dddd']
   assert lines['gsm8k'][1]['row'].endswith('gsm8k_rows.jsonl:2')
-  assert (found['step'], found['model'], found['options']['max_tokens']) == (1, parrots, 4)
+  assert (found['step'], found['options']['model'], found['options']['max_tokens']) == (1, parrots, 4)
   out, err = capsys.readouterr()
   assert 'gsm8k: accuracy 0.5, rows 4, too_long 1' in out
   assert '1 of 2 responses were cut off after 4 tokens' in err and 'answer  3/3 prompts' in err
