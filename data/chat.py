@@ -3,8 +3,8 @@
 A message is {'role': str, 'content': str}; instead of content it may carry token ids ('tokens'),
 which pass through untouched. Templates are Jinja as in Hugging Face tokenizers, run in a sandbox.
 What is trained on is what stands in {% generation %} blocks; a template without them is rendered
-once up to each answer and once with it, and the difference is the answer, up to its last
-end-of-sequence id if it has one.
+once up to each answer and once with it, and the difference is the answer, up to the last id in it
+that ends a response, if it has one.
 """
 
 import datetime
@@ -81,9 +81,8 @@ def encode(
   spans = _marked(whole) if marked else _derived(tokenizer, messages, whole, tools)
   ids, mask = [], []
   for new, said in _encode(tokenizer, messages, spans):
-    end = len(new)
-    if said and not marked and tokenizer.eos_id in new:
-      end -= new[::-1].index(tokenizer.eos_id)
+    ends = [i for i, token in enumerate(new, 1) if token in tokenizer.end_ids]
+    end = ends[-1] if said and not marked and ends else len(new)
     ids += new
     mask += [int(said)] * end + [0] * (len(new) - end)
   if not any(mask):
@@ -94,7 +93,7 @@ def encode(
 def _encode(tokenizer, messages, spans) -> list[tuple[list[int], bool]]:
   """Rendered (text, said) -> (ids, said); what has ids already is never encoded again."""
   holes, result = _holes(tokenizer, messages), []
-  started = own = False
+  started, own = False, []
   for text, said in spans:
     ids = []
     for i, part in enumerate(text.split(HOLE)):
@@ -104,9 +103,9 @@ def _encode(tokenizer, messages, spans) -> list[tuple[list[int], bool]]:
         new = tokenizer.encode_after(part) if started else tokenizer.encode(part)
       else:
         continue
-      if own and new[:1] == [tokenizer.eos_id]:
+      if own and new[:1] == own:
         new = new[1:]                  # sampled ids bring the end that the template adds as well
-      own = i % 2 == 1 and part.isdigit() and new[-1:] == [tokenizer.eos_id]
+      own = [t for t in new[-1:] if i % 2 and part.isdigit() and t in tokenizer.end_ids]
       started |= i % 2 == 0 or part.isdigit()
       ids += new
     result.append((ids, said))
@@ -117,7 +116,7 @@ def _holes(tokenizer: Tokenizer, messages: list[dict]) -> dict[str, list[int]]:
   """{name in the rendered text: ids}: messages by index, and special tokens that have no text."""
   named = {
       'eos_token': tokenizer.eos_id, 'bos_token': tokenizer.bos_id, 'pad_token': tokenizer.pad_id}
-  return ({str(i): [int(t) for t in m['tokens']] for i, m in enumerate(messages) if 'tokens' in m}
+  return ({str(i): m['tokens'] for i, m in enumerate(messages) if 'tokens' in m}
           | {name: [] if i is None else [i] for name, i in named.items()})
 
 
@@ -171,6 +170,9 @@ def _message(message: dict, i: int) -> dict:
   if any(c in json.dumps(message, ensure_ascii=False, default=str) for c in (START, STOP, HOLE)):
     raise ValueError(f'message {i} contains one of the noncharacters U+FDD0 to U+FDD2')
   if 'tokens' in message:
+    ids = message['tokens']
+    if not isinstance(ids, list) or any(type(t) is not int or t < 0 for t in ids):
+      raise ValueError(f"message {i}: 'tokens' is no list of token ids")
     return message | {'content': f'{HOLE}{i}{HOLE}'}
   if not isinstance(message.get('content'), (str, list)) and 'tool_calls' not in message:
     found = type(message.get('content')).__name__

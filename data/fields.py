@@ -68,7 +68,7 @@ def begin(tokenizer: Tokenizer) -> list[int]:
 def prompt(row: dict, form: Format, tokenizer: Tokenizer) -> tuple[str, list[int]]:
   """Text and ids of what the model is asked: of a conversation, all before a closing answer."""
   if form.kind == 'chat':
-    messages = _messages(row, form)
+    messages = _messages(row, form, tokenizer)
     if messages[-1].get('role') == 'assistant':
       messages = messages[:-1]
     return chat.prompt(tokenizer, messages, row.get('tools'))
@@ -89,17 +89,20 @@ def example(row: dict, form: Format, tokenizer: Tokenizer) -> tuple[list[int], l
     found = ids(row, form.tokens, tokenizer.vocab_size)
     return found, [1] * len(found)
   if form.kind == 'chat':
-    return chat.encode(tokenizer, _messages(row, form), row.get('tools'))
+    return chat.encode(tokenizer, _messages(row, form, tokenizer), row.get('tools'))
   _, asked = prompt(row, form, tokenizer)
   answered = tokenizer.encode_after(string(row, form.response)) + [tokenizer.eos_id]
   return asked + answered, [0] * len(asked) + [1] * len(answered)
 
 
-def _messages(row: dict, form: Format) -> list[dict]:
+def _messages(row: dict, form: Format, tokenizer: Tokenizer) -> list[dict]:
   messages = _get(row, form.messages)
   is_list = isinstance(messages, list) and messages
   if not is_list or not all(isinstance(m, dict) for m in messages):
     raise ValueError(f"field {form.messages!r}: wanted a list of {{'role', 'content'}}")
+  for message in messages:
+    if 'tokens' in message:
+      ids(message, 'tokens', tokenizer.vocab_size)
   return messages
 
 

@@ -10,7 +10,7 @@ import glob
 import gzip
 import hashlib
 import os
-import tempfile
+import uuid
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -82,7 +82,7 @@ def plain(path: Path, cache: str) -> Path:
     return path
   target = _cached(path, cache, '.plain')
   if not target.exists():
-    with _whole(target) as out:
+    with whole(target) as out:
       try:
         for block in _unpacked(path):
           out.write(block)
@@ -106,7 +106,7 @@ def line_index(path: Path, cache: str) -> Path:
   target = _cached(path, cache, '.lines')
   if target.exists():
     return target
-  with open(plain(path, cache), 'rb', buffering=BLOCK) as f, _whole(target) as out:
+  with open(plain(path, cache), 'rb', buffering=BLOCK) as f, whole(target) as out:
     found, place = [], 0
     for number, line in enumerate(f, 1):
       if not line.isspace():
@@ -150,16 +150,16 @@ def _cached(path: Path, cache: str, suffix: str) -> Path:
 
 
 @contextlib.contextmanager
-def _whole(target: Path):
+def whole(target: Path):
   """A file to write that gets its name when it is complete, and vanishes if it never is."""
   target.parent.mkdir(parents=True, exist_ok=True)
-  handle, name = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix='.part')
+  part = target.with_name(f'{target.name}.{uuid.uuid4().hex[:8]}.part')
   try:
-    with os.fdopen(handle, 'wb') as out:
+    with open(part, 'xb') as out:
       yield out
-    os.replace(name, target)
+    os.replace(part, target)
   except BaseException:
-    os.unlink(name)
+    part.unlink(missing_ok=True)
     raise
 
 

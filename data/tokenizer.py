@@ -31,11 +31,13 @@ class Tokenizer(Protocol):
 
   specials: {'eos_token': text, ...}: special tokens that `encode` recognises in text, by their name
     in chat templates. Empty where special ids have no text.
+  end_ids: what ends a response: eos_id, and what generation_config.json names beside it.
   byte_shift: the id of byte 0, where every byte is one token; None otherwise.
   """
   vocab_size: int
   pad_id: int
   eos_id: int
+  end_ids: tuple[int, ...]
   bos_id: int | None
   chat_template: str | None
   specials: dict[str, str]
@@ -65,6 +67,10 @@ class Bytes:
   def __init__(self, chat_template: str | None = None):
     self.chat_template = chat_template or PLAIN_CHAT
 
+  @property
+  def end_ids(self) -> tuple[int, ...]:
+    return (self.eos_id,)
+
   def encode(self, text: str) -> list[int]:
     return [b + 3 for b in text.encode()]
 
@@ -84,7 +90,8 @@ class Pieces:
   """A tokenizer.json, read by the tokenizers package."""
   byte_shift = None
 
-  def __init__(self, path: Path, config: dict, chat_template: str | None = None):
+  def __init__(self, path: Path, config: dict, chat_template: str | None = None,
+               end_ids: tuple[int, ...] = ()):
     """config: the content of tokenizer_config.json, {} without one."""
     self._text = path.read_text()
     self._path = str(path)
@@ -105,6 +112,10 @@ class Pieces:
       bos = None
     self.specials = {'eos_token': eos, 'pad_token': pad} | ({'bos_token': bos} if bos else {})
     self.eos_id, self.pad_id = vocabulary[eos], vocabulary[pad]
+    if strange := [i for i in end_ids if type(i) is not int or not 0 <= i < self.vocab_size]:
+      raise ValueError(f'{path}: generation_config.json names eos_token_id {strange}, the vocabulary '
+                       f'has {self.vocab_size}')
+    self.end_ids = (self.eos_id, *(i for i in end_ids if i != self.eos_id))
     self.bos_id = vocabulary[bos] if bos and config.get('add_bos_token', True) else None
     self.chat_template = chat_template or _template(config)
 
@@ -148,7 +159,7 @@ class Pieces:
     return result
 
   def fingerprint(self) -> str:
-    return _digest(self._text, self.specials, self.chat_template)
+    return _digest(self._text, self.specials, self.chat_template, *self.end_ids[1:])
 
 
 class SentencePiece:
@@ -165,6 +176,7 @@ class SentencePiece:
     self.vocab_size, self.eos_id = self._model.vocab_size(), self._model.eos_id()
     self.pad_id = self._model.pad_id() if self._model.pad_id() >= 0 else self.eos_id
     self.bos_id = self._model.bos_id() if self._model.bos_id() >= 0 else None
+    self.end_ids = (self.eos_id,)
 
   def _load(self):
     try:
@@ -208,7 +220,7 @@ def load(name: str, chat_template: str = '') -> Tokenizer:
   Args:
     name: 'bytes', a tokenizer.json, a SentencePiece *.model, or a folder with one of the two. What
       lies beside a tokenizer.json is used: tokenizer_config.json (special tokens, chat template),
-      chat_template.jinja.
+      chat_template.jinja, generation_config.json (what ends a response).
     chat_template: a file with a Jinja template instead of the tokenizer's own; '' for its own.
 
   Raises:
@@ -238,9 +250,20 @@ def load(name: str, chat_template: str = '') -> Tokenizer:
     return SentencePiece(path, template)
   if path.suffix != '.json':
     raise ValueError(f'tokenizer {name!r}: wanted a tokenizer.json or a *.model file')
-  beside = path.parent / 'tokenizer_config.json'
-  config = json.loads(beside.read_text()) if beside.is_file() else {}
-  return Pieces(path, config, template)
+  ends = _beside(path, 'generation_config.json').get('eos_token_id')
+  ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+  return Pieces(path, _beside(path, 'tokenizer_config.json'), template, tuple(ends))
+
+
+def _beside(path: Path, name: str) -> dict:
+  """A JSON file in the same folder; {} if there is none."""
+  beside = path.parent / name
+  if not beside.is_file():
+    return {}
+  try:
+    return json.loads(beside.read_text())
+  except ValueError as e:
+    raise ValueError(f'{beside} is not JSON: {e}') from e
 
 
 def _special(

@@ -61,6 +61,28 @@ def processes_parser() -> argparse.ArgumentParser:
   return p
 
 
+def asking_parser(temperature: float) -> argparse.ArgumentParser:
+  """How a model is asked and answers; see launch/talk.py. temperature: where none is given."""
+  p = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+  p.add_argument('--max_tokens', type=int, default=0,
+                 help='of a response; 0: half of what the model reads, at most 256')
+  p.add_argument('--temperature', type=float, default=temperature,
+                 help=f'0: always the likeliest token; {temperature:g} if not given')
+  p.add_argument('--top_k', type=int, default=0, help='sample among the k likeliest; 0: all')
+  p.add_argument('--top_p', type=float, default=1.0,
+                 help='sample among the likeliest tokens with this probability')
+  p.add_argument('--min_p', type=float, default=0.0,
+                 help='drop tokens below this share of the likeliest one')
+  p.add_argument('--stop', action='append', default=[],
+                 help='text that ends a response; may be given several times')
+  p.add_argument('--seed', type=int, default=0)
+  p.add_argument('--chat', action='store_true', help='ask by the chat template')
+  p.add_argument('--system', default='', help='what a conversation begins with, for --chat')
+  p.add_argument('--template',
+                 help="what a prompt is put into, '{prompt}': nothing; if not given, the run's own")
+  return p
+
+
 def parser(description: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
   """A parser with --debug, to which a command adds its own options. Abbreviations are errors."""
   p = argparse.ArgumentParser(description=description, parents=parents, allow_abbrev=False,

@@ -166,6 +166,16 @@ def round_up(n: int, to: int) -> int:
   return -(-n // to) * to
 
 
+def few(length: int, most: int) -> int:
+  """The next of few lengths, so that few programs compile: BUCKET times 1, 2, 3, 4, 6, 8, 12, ...;
+  at most `most`.
+  """
+  if length <= BUCKET:
+    return min(BUCKET, most)
+  sizes = (BUCKET * n << k for k in range(32) for n in (2, 3))
+  return min(next(size for size in sizes if size >= length), most)
+
+
 def shift_left(x: np.ndarray, by: np.ndarray) -> np.ndarray:
   """x[n, by[n]:] at the front of every row, [N, T, ...] -> the same shape.
 

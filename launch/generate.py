@@ -23,12 +23,10 @@ def main(arguments: list[str]) -> int:
   import jax
   from launch import talk
 
-  talk.check_template(options.template, options.chat)
+  talk.check_asking(options)
   sizes = talk.mesh_sizes(options.mesh)
-  speaker = talk.load(options.workdir, options.step, sizes, options.template)
-  sampling = talk.make_sampling(
-      speaker, max_tokens=options.max_tokens, temperature=options.temperature, top_k=options.top_k,
-      top_p=options.top_p, min_p=options.min_p, stop=tuple(options.stop))
+  speaker = talk.open_model(options.workdir, sizes, options.step, options.template)
+  sampling = talk.make_sampling(speaker, options)
   if speaker.chats and not options.chat:
     remark('this checkpoint was trained on conversations; --chat asks it so')
   before = [{'role': 'system', 'content': options.system}] if options.system else []
@@ -65,34 +63,15 @@ def main(arguments: list[str]) -> int:
 
 
 def parse(arguments: list[str]):
-  p = cli.parser(__doc__)
+  p = cli.parser(__doc__, cli.asking_parser(temperature=1.0))
   p.add_argument('--workdir', required=True, help='folder of a run, or of one of its steps')
   p.add_argument('--step', type=int, help='of the checkpoint; the newest if not given')
   p.add_argument('--prompt', action='append', default=[], help='may be given several times')
   p.add_argument('--interactive', action='store_true', help='after that, read prompts')
   p.add_argument('--num', type=int, default=1, help='responses to each prompt')
-  p.add_argument('--max_tokens', type=int, default=0,
-                 help='of a response; 0: half of what the model reads, at most 256')
-  p.add_argument('--temperature', type=float, default=1.0, help='0: always the likeliest token')
-  p.add_argument('--top_k', type=int, default=0, help='sample among the k likeliest; 0: all')
-  p.add_argument('--top_p', type=float, default=1.0,
-                 help='sample among the likeliest tokens with this probability')
-  p.add_argument('--min_p', type=float, default=0.0,
-                 help='drop tokens below this share of the likeliest one')
-  p.add_argument('--stop', action='append', default=[],
-                 help='text that ends a response; may be given several times')
-  p.add_argument('--seed', type=int, default=0)
-  p.add_argument('--chat', action='store_true',
-                 help='ask by the chat template; a session is one conversation')
-  p.add_argument('--system', default='', help='what a conversation begins with, for --chat')
-  p.add_argument('--template',
-                 help="what a prompt is put into, '{prompt}': nothing; if not given, the run's own")
   p.add_argument('--json', action='store_true', help='print one JSON object per response')
   p.add_argument('--mesh', default='data=1', help='devices along mesh axes, for instance model=4')
-  options = p.parse_args(arguments)
-  if options.system and not options.chat:
-    raise ValueError('--system is part of a conversation; it needs --chat')
-  return options
+  return p.parse_args(arguments)
 
 
 def lines():

@@ -25,7 +25,7 @@ def sampling_of(run: Any, c: Any) -> sample.Sampling:
   cut = c.top_k > 0 or c.top_p < 1 or c.min_p > 0
   found = sample.Sampling(
       max_tokens=c.max_tokens, temperature=c.temperature, top_k=c.top_k, top_p=c.top_p,
-      min_p=c.min_p, support=c.support if cut else 0, eos=(run.tokenizer.eos_id,),
+      min_p=c.min_p, support=c.support if cut else 0, eos=run.tokenizer.end_ids,
       stop=tuple(text.encode() for text in c.stop))
   if found.candidates > run.cfg.vocab_size:
     raise ValueError(

@@ -124,8 +124,11 @@ def prompt_text(tokenizer: Any, rows: Rows, n: int) -> str:
 
 def response_text(tokenizer: Any, rows: Rows, n: int) -> str:
   """The sampled text of row n, without the end-of-text token."""
-  ids = rows.tokens[n, rows.start[n]:rows.end[n]].tolist()
-  return tokenizer.decode([i for i in ids if i != tokenizer.eos_id])
+  return text_of(tokenizer, rows.tokens[n, rows.start[n]:rows.end[n]].tolist())
+
+
+def text_of(tokenizer: Any, ids: list[int]) -> str:
+  return tokenizer.decode([i for i in ids if i not in tokenizer.end_ids])
 
 
 def grade(grader: Any, tokenizer: Any, prompts: tuple, rows: Rows) -> tuple[dict, dict]:

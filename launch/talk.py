@@ -1,5 +1,6 @@
-"""A checkpoint that answers: restored with its config and tokenizer, asked as it was trained."""
+"""A checkpoint in use: opened with its config and tokenizer, asked as it was trained."""
 
+import argparse
 import dataclasses
 import functools
 import json
@@ -25,7 +26,7 @@ CANDIDATES = 1024      # likeliest ids among which top_p and min_p choose, see r
 
 @dataclasses.dataclass(frozen=True)
 class Speaker:
-  """What is needed to talk to a checkpoint."""
+  """A model with what is needed to talk to it."""
   step: int
   cfg: ModelConfig
   tokenizer: Any
@@ -44,19 +45,20 @@ class Reply:
   ended: bool              # by itself; False: max_tokens came first
 
 
-def load(workdir: str, step: int | None, sizes: Mapping[str, int], template: str | None) -> Speaker:
-  """Restores parameters, config and tokenizer.
+def open_model(path: str, sizes: Mapping[str, int], step: int | None = None,
+               template: str | None = None) -> Speaker:
+  """Restores parameters, config and tokenizer. The one door by which commands get a model.
 
   Args:
-    workdir: of a run, or the folder of a step.
-    step: None for the newest.
+    path: the workdir of a run, or the folder of a step.
     sizes: of the mesh, see launch/mesh.py.
+    step: of a workdir; None for the newest.
     template: what prompts are put into; None for that of the checkpoint's phase.
 
   Raises:
     ValueError: there is no such checkpoint, or it is of parameters alone.
   """
-  folder = find(workdir, step)
+  folder = find(path, step)
   meta = checkpoint.read_meta(folder)
   if 'config' not in meta:
     raise ValueError(f'{folder} holds parameters alone, without config and tokenizer; '
@@ -77,21 +79,23 @@ def load(workdir: str, step: int | None, sizes: Mapping[str, int], template: str
       data.format == 'chat')
 
 
-def check_template(template: str | None, is_chat: bool) -> None:
-  """Refuses a template that would have no effect, or leave the prompt out."""
-  if is_chat and template is not None:
+def check_asking(options: argparse.Namespace) -> None:
+  """Refuses options of cli.asking_parser without effect, and templates without the prompt."""
+  if options.system and not options.chat:
+    raise ValueError('--system is part of a conversation; it needs --chat')
+  if options.chat and options.template is not None:
     raise ValueError('--template has no effect on a conversation; leave it out, or --chat')
-  if template is not None and '{prompt}' not in template:
-    raise ValueError(f'template {template!r} is without {{prompt}}')
+  if options.template is not None and '{prompt}' not in options.template:
+    raise ValueError(f'template {options.template!r} is without {{prompt}}')
 
 
-def find(workdir: str, step: int | None) -> Path:
+def find(path: str, step: int | None) -> Path:
   """The folder of a whole checkpoint."""
   if step is None:
-    return checkpoint.find(workdir)
-  folder = Path(workdir) / checkpoint.FOLDER
+    return checkpoint.find(path)
+  folder = Path(path) / checkpoint.FOLDER
   if step not in (steps := checkpoint.whole_steps(folder)):
-    raise ValueError(f'{workdir} has no checkpoint of step {step}; there are {steps}')
+    raise ValueError(f'{path} has no checkpoint of step {step}; there are {steps}')
   return checkpoint.find(folder / str(step))
 
 
@@ -107,24 +111,17 @@ def mesh_sizes(text: str) -> dict[str, int]:
   return sizes
 
 
-def make_sampling(
-    speaker: Speaker, *, max_tokens: int, temperature: float, top_k: int, top_p: float,
-    min_p: float, stop: tuple[str, ...],
-) -> sample.Sampling:
-  """The options of a command as the sampler's.
-
-  Args:
-    max_tokens: 0 for half of what the model can read, at most MOST_TOKENS.
-  """
+def make_sampling(speaker: Speaker, options: argparse.Namespace) -> sample.Sampling:
+  """The options of cli.asking_parser as the sampler's."""
   cfg = speaker.cfg
-  if max_tokens >= cfg.max_length:
-    raise ValueError(f'max_tokens is {max_tokens}, but the model reads at most {cfg.max_length} '
-                     'tokens with the prompt')
+  if options.max_tokens >= cfg.max_length:
+    raise ValueError(f'max_tokens is {options.max_tokens}, but the model reads at most '
+                     f'{cfg.max_length} tokens with the prompt')
   return sample.Sampling(
-      max_tokens=max_tokens or min(MOST_TOKENS, max(1, cfg.max_length // 2)),
-      temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-      support=min(cfg.vocab_size, top_k or CANDIDATES), eos=(speaker.tokenizer.eos_id,),
-      stop=tuple(text.encode() for text in stop))
+      max_tokens=options.max_tokens or min(MOST_TOKENS, max(1, cfg.max_length // 2)),
+      temperature=options.temperature, top_k=options.top_k, top_p=options.top_p,
+      min_p=options.min_p, support=min(cfg.vocab_size, options.top_k or CANDIDATES),
+      eos=speaker.tokenizer.end_ids, stop=tuple(text.encode() for text in options.stop))
 
 
 def prompt(speaker: Speaker, text: str) -> tuple[str, list[int]]:
@@ -141,8 +138,7 @@ def chat_prompt(speaker: Speaker, messages: list[dict]) -> tuple[str, list[int]]
 def make_answer(speaker: Speaker, num: int, sampling: sample.Sampling) -> Callable:
   """answer(prompts: list of ids, key) -> [prompts][num] of Reply.
 
-  It compiles once per number of prompts and length of the longest, the latter in steps of
-  `engine.BUCKET` tokens.
+  It compiles once per number of prompts and length of the longest, the latter one of few.
   """
   tokenizer, cfg = speaker.tokenizer, speaker.cfg
   room = cfg.max_length - sampling.max_tokens
@@ -155,10 +151,8 @@ def make_answer(speaker: Speaker, num: int, sampling: sample.Sampling) -> Callab
     return engine_lib.make_sample(cfg, speaker.mesh, width, table)
 
   def reply(rows, n):
-    text = rl_phase.response_text(tokenizer, rows, n)
-    ends = [text.find(stop.decode()) for stop in sampling.stop if stop.decode() in text]
     ids = rows.tokens[n, rows.start[n]:rows.end[n]].tolist()
-    return Reply(text[:min(ends, default=len(text))], ids, float(rows.logp[n].sum()),
+    return Reply(response_text(tokenizer, ids, sampling.stop), ids, float(rows.logp[n].sum()),
                  bool(rows.info['stopped'][n]))
 
   def answer(prompts, key):
@@ -167,8 +161,15 @@ def make_answer(speaker: Speaker, num: int, sampling: sample.Sampling) -> Callab
       raise ValueError(f'a prompt of {longest} tokens is too long: the model reads '
                        f'{cfg.max_length}, of which {sampling.max_tokens} are kept for the '
                        'response (max_tokens)')
-    draw = sampler(min(engine_lib.round_up(longest, engine_lib.BUCKET), room))
+    draw = sampler(engine_lib.few(longest, room))
     rows = draw(speaker.params, prompts, num, sampling, key)
     return [[reply(rows, n) for n in range(i * num, (i + 1) * num)] for i in range(len(prompts))]
 
   return answer
+
+
+def response_text(tokenizer: Any, ids: list[int], stop: tuple[bytes, ...]) -> str:
+  """The text of sampled ids, up to a stop string."""
+  text = rl_phase.text_of(tokenizer, ids)
+  ends = [text.find(end.decode()) for end in stop if end.decode() in text]
+  return text[:min(ends, default=len(text))]

@@ -31,6 +31,8 @@ FILES = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob('*.
 
 # Imported where a user asks for them, and named in the error if they are missing.
 OPTIONAL = {'wandb'}
+# Brought by the extra 'eval', and imported by one module alone.
+EVALUATION = {'seqio', 'tensorflow'}
 
 
 def imports(path: Path) -> list[str]:
@@ -92,14 +94,23 @@ def plain(requirement: str) -> str:
   return re.sub('[-_.]+', '-', re.match(r'[\w.-]+', requirement).group()).lower()
 
 
+def test_only_evaluation_tasks_import_seqio_and_tensorflow():
+  found = {module_name(path) for path in FILES
+           if {n.split('.')[0] for n in imports(path)} & EVALUATION}
+  assert found == {'evals.tasks'}
+  assert not [path for path in FILES if path.parent.name != 'launch'
+              if 'evals.tasks' in imports(path)]
+
+
 def test_what_is_imported_is_declared():
   declared = {plain(r) for r in PROJECT['project']['dependencies']}
+  assert EVALUATION <= {plain(r) for r in PROJECT['project']['optional-dependencies']['eval']}
   providers = importlib.metadata.packages_distributions()
   missing = {}
   for path in FILES:
     for name in {n.split('.')[0] for n in imports(path)} - sys.stdlib_module_names - set(ALLOWED):
       given = {plain(d) for d in providers.get(name, [name])}
-      if not given & declared and name not in OPTIONAL:
+      if not given & declared and name not in OPTIONAL | EVALUATION:
         missing.setdefault(name, []).append(module_name(path))
   assert not missing
 

@@ -17,14 +17,17 @@ def corpus():
   return [' '.join(rng.choices(words, k=12)) for _ in range(200)]
 
 
-def byte_level(folder, config=None):
-  """A byte-level BPE with ChatML's special tokens, as tokenizer.json."""
+CHATML = ('<|endoftext|>', '<|im_start|>', '<|im_end|>', '<|tool use|>')
+
+
+def byte_level(folder, config=None, specials=CHATML):
+  """A byte-level BPE with special tokens, the first ids, as tokenizer.json."""
   made = tokenizers.Tokenizer(models.BPE())
   made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
   made.decoder = decoders.ByteLevel()
   made.train_from_iterator(corpus(), trainers.BpeTrainer(
       vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
-      special_tokens=['<|endoftext|>', '<|im_start|>', '<|im_end|>', '<|tool use|>']))
+      special_tokens=list(specials)))
   return write(made, folder, config)
 
 

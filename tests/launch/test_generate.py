@@ -12,34 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import base
-from data import tokenizer as tokenizer_lib
-from launch import checkpoint, config, engine, generate
+from launch import checkpoint, engine, generate
 from nn import model
+from saved_models import BYTES, make_config, write
 
 ROOT = Path(__file__).resolve().parents[2]
-BYTES = tokenizer_lib.load('bytes')
-CFG = dict(
-    vocab_size=260, embed_dim=8, num_heads=2, num_kv_heads=2, head_dim=4, ffw_dim=16, max_length=96)
-
-
-def make_config(**data):
-  c = base.get_config()
-  c.phases = ('sft',)
-  c.model.update(CFG)
-  c.sft.data.update(data)
-  return c
-
-
-def write(workdir, c, steps):
-  """Checkpoints of random parameters: {step: seed}."""
-  cfg = config.model_config(c.model, BYTES.vocab_size)
-  with checkpoint.Checkpointer(workdir, keep=5) as checkpoints:
-    for step, seed in steps.items():
-      params = jax.tree.map(lambda x: 4 * x, model.init(jax.random.key(seed), cfg))
-      meta = {'config': json.loads(config.to_json(c)), 'phase': 'sft', 'phases': ['sft']}
-      checkpoints.save(step, {'params': params}, {}, meta, wait=True)
-  return cfg, params
 
 
 @pytest.fixture(scope='module', autouse=True)
