@@ -45,7 +45,7 @@ def child(o):
         config, cfg, model.specs(cfg), mesh, tokenizer, Path(folder), jax.random.key(0))
     built = phases.build(run, 'rl', 0, 1000)
     params = jax.jit(lambda k: model.init(k, cfg))(jax.random.key(0))
-    now = [start.fresh_state(run, built, params, 0), built.memory, 0]
+    now = [start.fresh_state(built, params, 0), built.memory, 0]
 
     def call():
       state, memory, step = now

@@ -88,6 +88,18 @@ def get_config() -> ConfigDict:
   c.rl.optimizer = optimizer(1e-4)
   c.rl.data = data('problem')
 
+  c.upcycle = ConfigDict()             # growth of the expert count during the run, see moe/upcycle.py
+  c.upcycle.at_step = 0                # of the run, inside pretrain or sft; its checkpoint is the model before. 0: never
+  c.upcycle.factor = 2                 # times as many experts in every layer
+  c.upcycle.selection = 'uniform'      # whom to copy: uniform, grad_sq, saliency, fisher, weight
+  c.upcycle.score_batches = 4          # optimiser steps whose gradients are scored, on from where the data are
+  c.upcycle.allocation = 'greedy'      # of the copies by scores: greedy (the best up to cap) or weighted (drawn)
+  c.upcycle.cap = 3                    # greedy: most copies of one expert; 1 is uniform
+  c.upcycle.temperature = 1.0          # weighted: of softmax(score / mean score / temperature)
+  c.upcycle.noise = 1e-3               # standard deviation of what is added to the selection biases of copies
+  c.upcycle.router_noise = 0.01        # without biases: to their rows of the router, as a share of its RMS
+  c.upcycle.optimizer = 'copy'         # moments of copies: copy, reset, or scale (less the more a copy changed)
+
   c.arithmetic = ConfigDict()          # the generated task, for data of format 'arithmetic'
   c.arithmetic.digits = 2              # of an operand, at most
   c.arithmetic.operands = 2            # numbers in a problem

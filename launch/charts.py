@@ -105,6 +105,29 @@ def draw(title: str, series: Sequence[Series], spans: Sequence[Span] = (),
   return _for_page(file.getvalue(), title)
 
 
+def heatmap(values: np.ndarray, rows: Sequence[str], across: str, down: str, what: str) -> str:
+  """A table of small whole numbers as an SVG file of its own.
+
+  Args:
+    values: [rows, columns].
+    rows: their names.
+    across, down, what: what columns, rows and values are.
+  """
+  with matplotlib.rc_context({'svg.hashsalt': 'charts', 'font.size': 9}):
+    figure = Figure(figsize=(6.4, 1.4 + 0.22 * len(rows)), layout='constrained')
+    backend_svg.FigureCanvasSVG(figure)
+    axes = figure.add_subplot()
+    image = axes.imshow(values, aspect='auto', interpolation='nearest', cmap='viridis')
+    axes.set_yticks(range(len(rows)), rows)
+    axes.xaxis.set_major_locator(ticker.MaxNLocator(8, integer=True))
+    axes.set_xlabel(across)
+    axes.set_ylabel(down)
+    figure.colorbar(image, label=what, ticks=ticker.MaxNLocator(5, integer=True))
+    file = io.StringIO()
+    figure.savefig(file, format='svg', metadata={'Date': None, 'Creator': None})
+  return file.getvalue()
+
+
 def _plot(axes, s: Series, faint: float) -> None:
   color = STAND_INS[f'c{s.color % NUM_COLORS}']
   if s.points:

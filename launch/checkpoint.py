@@ -155,14 +155,9 @@ class Checkpointer:
     return read_meta(self.folder(step))
 
   def memory(self, step: int) -> Tree:
-    """The memory of all processes of that time together."""
-    folder = self.folder(step)
-    with _damaged(folder):
-      document = self._read(step, memory=ocp.args.JsonRestore())
-      sizes = launch.memory.sizes(document)
-      template = {name: np.zeros(size, np.uint8) for name, size in sizes.items()}
-      arrays = self._read(step, arrays=ocp.args.StandardRestore(template)) if template else {}
-      return launch.memory.decode(document, arrays)
+    """The memory of all processes of that time together; also of a step that is being written."""
+    self.wait()
+    return load_memory(self.folder(step))
 
   def restore(self, step: int, abstract_state: Tree) -> Tree:
     """The state of a step, placed as abstract_state says: its shardings may be of another mesh.
@@ -173,13 +168,7 @@ class Checkpointer:
     Raises:
       ValueError: what check_state says, or that the checkpoint is damaged.
     """
-    folder = self.folder(step)
-    check_state(folder, abstract_state)
-    with _damaged(folder):
-      return self._read(step, state=ocp.args.StandardRestore(_placed(abstract_state)))
-
-  def _read(self, step: int, **item: ocp.args.CheckpointArgs) -> Any:
-    return next(iter(self._manager.restore(step, args=ocp.args.Composite(**item)).values()))
+    return load_state(self.folder(step), abstract_state)
 
   def _score(self, metrics: Mapping[str, float]) -> float:
     value = self._sign * metrics.get(self._metric, math.nan)
@@ -213,6 +202,28 @@ def check_state(folder: str | Path, abstract_state: Tree) -> None:
     ValueError: names leaves that are missing, not wanted, or of another shape or dtype.
   """
   _compare(folder, read_meta(folder)['leaves'], _leaves(abstract_state), dtypes=True)
+
+
+def load_state(folder: Path, abstract_state: Tree) -> Tree:
+  """The state in a step folder, see Checkpointer.restore; nothing is written there."""
+  check_state(folder, abstract_state)
+  _quiet()
+  with _damaged(folder), ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
+    return reader.restore(
+        folder / 'state', args=ocp.args.StandardRestore(_placed(abstract_state)))
+
+
+def load_memory(folder: Path) -> Tree:
+  """The memory in a step folder; nothing is written there."""
+  with _damaged(folder):
+    document = json.loads((folder / 'memory' / 'metadata').read_text())
+    arrays, sizes = {}, launch.memory.sizes(document)
+    if sizes:
+      template = {name: np.zeros(size, np.uint8) for name, size in sizes.items()}
+      _quiet()
+      with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
+        arrays = reader.restore(folder / 'arrays', args=ocp.args.StandardRestore(template))
+    return launch.memory.decode(document, arrays)
 
 
 def check_params(path: str | Path, abstract_params: Tree) -> Path:

@@ -299,10 +299,17 @@ def check_read(config: Tracked, explicit: Sequence[str] = ()) -> None:
     explicit: keys that must be read even at their default: those named on the command line. If
       phases is one of them, only they must: the file is then one for other phases, too.
   """
-  whole, default = config._block, flat(base.get_config())
-  unread = [f'{key} = {value!r} ({reason(whole, key)})' for key, value in flat(whole).items()
-            if key not in config._read and (key in explicit or (
-                value != default.get(key, ABSENT) and 'phases' not in explicit))]
+  default = flat(base.get_config())
+  refuse_unread(config, [
+      key for key, value in flat(config._block).items()
+      if key in explicit or (value != default.get(key, ABSENT) and 'phases' not in explicit)])
+
+
+def refuse_unread(config: Tracked, keys: Sequence[str]) -> None:
+  """Refuses leaves that were set and never read."""
+  whole, values = config._block, flat(config._block)
+  unread = [f'{key} = {values[key]!r} ({reason(whole, key)})' for key in keys
+            if key not in config._read]
   if unread:
     raise ValueError('set, but without effect: ' + '; '.join(unread))
 
@@ -316,6 +323,10 @@ def reason(config: ConfigDict, key: str) -> str:
     return f'{rest[0]!r} is not among rl.methods {config.rl.methods}'
   if first in ('arithmetic', 'recall'):
     return f'no phase of the run has data.format {first!r}'
+  if first == 'upcycle':
+    u = config.upcycle
+    return (f'growth is at_step {u.at_step}, by selection {u.selection!r} and allocation '
+            f'{u.allocation!r}, with model.moe.bias_rate {config.model.moe.bias_rate}')
   if rest[:1] == ['data']:
     return f'{first}.data.format {config[first].data.format!r} does not use it'
   if rest[:1] == ['optimizer']:

@@ -125,6 +125,24 @@ def state_shardings(
       transform_non_params=lambda _: everywhere, is_leaf=masked)
 
 
+def map_moments(tx: optax.GradientTransformation, f: Callable, state: Tree, *trees: Tree) -> Tree:
+  """The state with f(moment, *leaves) for every moment; counts stay.
+
+  Args:
+    trees: shaped like the trainable parameters; their leaves of the moment's parameter go to f.
+  """
+  masked = lambda x: isinstance(x, optax.MaskedNode)
+  return optax.tree_map_params(
+      tx, lambda moment, *leaves: moment if masked(moment) else f(moment, *leaves), state, *trees,
+      is_leaf=masked)
+
+
+def mean_squares(state: Tree) -> Tree:
+  """Adam's mean squares, shaped like the trainable parameters; MaskedNodes where Muon rules."""
+  is_adam = lambda x: isinstance(x, optax.ScaleByAdamState)
+  return next(x.nu for x in jax.tree.leaves(state, is_leaf=is_adam) if is_adam(x))
+
+
 def schedule(kind: str, *, peak: float, steps: int, warmup: int = 0, decay: int = 0,
              floor: float = 0.0) -> Callable[[int], float]:
   """The learning rate of step 0, 1, ... of a phase. It rises over `warmup` steps in every kind.

@@ -6,13 +6,14 @@ import re
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from data import reader as reader_lib
-from launch import optimizer, phase_data, rl_parts, rl_phase, rollout, text_phase
+from launch import growth, optimizer, phase_data, rl_parts, rl_phase, rollout, text_phase
 from launch import config as config_lib
 from launch import engine as engine_lib
 from launch import mesh as mesh_lib
@@ -67,8 +68,13 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Built:
-  """A phase, and what its state and memory are made of."""
+  """A phase, and what its state and memory are made of.
+
+  The phase in which the model grows is two: one before, and one after, with the same data, schedule
+  and name.
+  """
   phase: Phase
+  run: Run                         # with the model as it is in this phase
   tx: optax.GradientTransformationExtraArgs
   reset_optimizer: bool
   state_shardings: step_lib.TrainState
@@ -81,10 +87,22 @@ class Built:
   tokens: int                      # of a step, at most
   length: int                      # positions of a row
   left_out: Callable               # () -> {fault: (rows, first message)}: rows that are not used
+  gradient: Callable | None = None      # (params, batch) -> that of one optimiser step; text only
+  evaluate_as: Callable | None = None   # run -> the evaluation, of that run's model; RL only
+  growth: 'Growth | None' = None        # what happens when it begins
+
+
+class Growth(NamedTuple):
+  """The model grows."""
+  options: growth.Options
+  before: Built                    # the same phase with the model as it was
 
 
 def plan(config: Any) -> list[tuple[str, int, int]]:
-  """(phase, first step, last step) in the order of the run; the steps of all are one count."""
+  """(phase, first step, last step) in the order of the run; the steps of all are one count.
+
+  The phase in which the model grows is there twice, before and after.
+  """
   config_lib.at_least(0, config, 'seed')
   if not config.phases:
     raise ValueError('phases is empty; name at least one of pretrain, sft, rl')
@@ -97,21 +115,68 @@ def plan(config: Any) -> list[tuple[str, int, int]]:
     config_lib.at_least(0, config, f'{name}.steps')
     out.append((name, first, first + config[name].steps))
     first += config[name].steps
-  return out
+  config_lib.at_least(0, config, 'upcycle.at_step')
+  return grown_plan(out, config.upcycle.at_step) if config.upcycle.at_step else out
+
+
+def grown_plan(plan: list[tuple[str, int, int]], step: int) -> list[tuple[str, int, int]]:
+  """The plan with the phase in two in which the step is."""
+  for i, (name, first, last) in enumerate(plan):
+    if name != 'rl' and first < step < last:
+      return [*plan[:i], (name, first, step), (name, step, last), *plan[i + 1:]]
+  spans = ', '.join(f'{name} from {first} to {last}' for name, first, last in plan)
+  raise ValueError(f'upcycle.at_step is {step}, wanted a step between the ends of a phase of text '
+                   f'(pretrain, sft); this run has {spans}')
 
 
 def build_all(run: Run, plan: list[tuple[str, int, int]]) -> list[Built]:
   """All phases. Those beside RL are evaluated as RL is, too: accuracy is what they prepare."""
-  built = [build(run, *phase) for phase in plan]
+  built = []
+  for name, first, last in plan:
+    steps = [s for other, *ends in plan if other == name for s in ends]
+    grows = built and built[-1].phase.name == name
+    if grows:
+      o = growth.read_options(run.config, run.cfg)
+      growth.check(o, run.specs, abstract_state(built[-1]).opt_state)
+      cfg = growth.grown(run.cfg, o.factor)
+      run = dataclasses.replace(run, cfg=cfg, specs=model.specs(cfg))
+    b = part(build(run, name, min(steps), max(steps)), first, last)
+    built.append(dataclasses.replace(b, growth=Growth(o, built[-1])) if grows else b)
   rl = next((b for b in built if b.phase.kind == 'rl' and b.phase.evaluate), None)
   if rl:
     built = [b if b is rl else evaluated_too(b, rl) for b in built]
-  return [with_aim(b, run.config[b.phase.name].until) for b in built]
+  # Of a phase in two parts the second one may reach the aim.
+  return [with_aim(b, run.config[b.phase.name].until) if last == max(
+      end for name, _, end in plan if name == b.phase.name) else b
+      for b, (_, _, last) in zip(built, plan)]
+
+
+def part(built: Built, first: int, last: int) -> Built:
+  """A phase's steps from first to last; the schedule is that of the whole phase."""
+  rate, before = built.phase.rate, first - built.phase.first
+  return dataclasses.replace(built, phase=dataclasses.replace(
+      built.phase, first=first, last=last, rate=lambda step: rate(step + before)))
+
+
+def abstract_state(b: Built) -> step_lib.TrainState:
+  """Shapes, dtypes and shardings of a phase's state."""
+  return abstract(b.run.specs, b.tx, b.state_shardings)
+
+
+def abstract(specs: Any, tx: Any, shardings: step_lib.TrainState) -> step_lib.TrainState:
+  """Shapes, dtypes and shardings of a state."""
+  params = param.abstract(specs)
+  opt_state = jax.eval_shape(tx.init, param.split(params, specs)[0])
+  plain = step_lib.TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, opt_state)
+  place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+  return jax.tree.map(place, plain, shardings)
 
 
 def evaluated_too(built: Built, other: Built) -> Built:
   """The phase, whose evaluation is followed by that of another one."""
   own, more = built.phase.evaluate, other.phase.evaluate
+  if built.run is not other.run:
+    more = other.evaluate_as(built.run)
   both = lambda params, step: (own(params, step) if own else {}) | more(params, step)
   return dataclasses.replace(built, phase=dataclasses.replace(built.phase, evaluate=both),
                              measures=built.measures + other.measures)
@@ -162,6 +227,14 @@ def build_step(run: Run, terms: tuple, tx: Any, shardings: Any, rows: int, micro
   return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, run.replicated))
 
 
+def build_gradient(run: Run, terms: tuple, microbatches: int) -> Callable:
+  """(params, batch) -> the gradient of the trainable parameters, of one optimiser step."""
+  loss = step_lib.make_loss(engine_lib.make_forward(run.cfg), terms)
+  gradient = step_lib.make_gradient(loss, run.specs, microbatches)
+  return jax.jit(lambda params, batch: gradient(params, batch)[0],
+                 out_shardings=param.split(run.shardings, run.specs)[0])
+
+
 def check_length(run: Run, length: int, what: str) -> None:
   if length > run.cfg.max_length:
     raise ValueError(
@@ -198,12 +271,13 @@ def build_text(run: Run, name: str, first: int, last: int) -> Built:
       evaluate=evaluate, evaluate_every=run.config.eval.every,
       flops_per_token=model.flops(run.cfg, c.length))
   return Built(
-      phase=phase, tx=tx, reset_optimizer=c.reset_optimizer, state_shardings=shardings,
+      phase=phase, run=run, tx=tx, reset_optimizer=c.reset_optimizer, state_shardings=shardings,
       memory={'reader': reader.state()}, contract=reader.contract(), check=reader.check,
       restore=lambda memory: reader.restore(memory['reader']),
       enter=lambda params, begins: None,
       measures=('eval/loss', 'eval/token_accuracy') if evaluate else (),
-      tokens=c.rows * c.length, length=c.length, left_out=reader.dropped)
+      tokens=c.rows * c.length, length=c.length, left_out=reader.dropped,
+      gradient=build_gradient(run, method.terms, c.microbatches))
 
 
 def build_rl(run: Run, name: str, first: int, last: int) -> Built:
@@ -232,7 +306,8 @@ def build_rl(run: Run, name: str, first: int, last: int) -> Built:
   answer = rl_parts.answer_field(c)
   prompts = phase_data.prompts(run, c.data, c.max_prompt, 'train', answer)
   table = sample.pack_bytes(run.tokenizer.token_bytes(), run.cfg.vocab_size) if c.stop else None
-  draw = engine_lib.make_sample(run.cfg, run.mesh, c.max_prompt, table)
+  draw_as = lambda run: engine_lib.make_sample(run.cfg, run.mesh, c.max_prompt, table)
+  draw = draw_as(run)
   score = engine_lib.make_score(run.cfg, run.mesh, num_rows // c.parts // c.microbatches)
 
   def make_engine(params):
@@ -253,18 +328,20 @@ def build_rl(run: Run, name: str, first: int, last: int) -> Built:
       settings, place=lambda batch: mesh_lib.put_global(batch, run.mesh),
       tokenizer=run.tokenizer, show=lambda step: step % every == 0 or step == first + 1,
       key_of=lambda step: jax.random.fold_in(root, step))
-  evaluate, measures = None, ()
+  evaluate, evaluate_as, measures = None, None, ()
   if phase_data.has_heldout(c.data):
     heldout = phase_data.prompts(run, c.data, c.max_prompt, 'heldout', answer)
     evaluate, measures = rl_parts.build_evaluate(run, c, sampling, draw, grader, heldout)
+    evaluate_as = lambda run: rl_parts.build_evaluate(
+        run, c, sampling, draw_as(run), grader, heldout)[0]
   phase = Phase(
       name=name, kind='rl', first=first, last=last, feed=feed, train_step=train_step, rate=rate,
       evaluate=evaluate, evaluate_every=run.config.eval.every,
       flops_per_token=model.flops(run.cfg, length))
   identity = {'prompts': prompts.identity()}
   return Built(
-      phase=phase, tx=tx, reset_optimizer=c.reset_optimizer, state_shardings=shardings,
+      phase=phase, run=run, tx=tx, reset_optimizer=c.reset_optimizer, state_shardings=shardings,
       memory={'prompts': {'cursor': 0}} | method.state, contract=identity,
       check=lambda saved: reader_lib.check(saved, identity), restore=lambda memory: None,
       enter=rl_parts.build_reference(run, c, method), measures=measures, tokens=num_rows * length,
-      length=length, left_out=lambda: prompts.dropped)
+      length=length, left_out=lambda: prompts.dropped, evaluate_as=evaluate_as)

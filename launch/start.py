@@ -4,6 +4,7 @@ loop.
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels import attention, fg2_gdn
-from launch import checkpoint, loop, metrics
+from launch import checkpoint, growth, loop, metrics, phases
 from launch import config as config_lib
 from launch import mesh as mesh_lib
 from launch import report as report_lib
@@ -67,13 +68,14 @@ def find_saved(workdir: Path, config: Any, plan: list[tuple[str, int, int]],
   if not allow_change:
     config_lib.check_resume(json.dumps(saved['config']), config)
   name, step = saved['phase'], saved['step']
-  first, last = next((first, last) for n, first, last in plan if n == name)
+  parts = [(first, last) for n, first, last in plan if n == name]
+  first, last = next((part for part in parts if part[0] == saved['first']), parts[0])
   if first != saved['first']:
     raise ValueError(f'{workdir} is in phase {name}, which began at step {saved["first"]} and with '
                      f'this config would begin at {first}; phases that are done keep their steps')
   if step > last:
     raise ValueError(f'{workdir} has done {step - first} steps of phase {name}, more than '
-                     f'{name}.steps {last - first}')
+                     f'{name}.steps or upcycle.at_step leaves it, {last - first}')
   return saved
 
 
@@ -92,7 +94,7 @@ def check(run: Run, built: list[Built], settings: Settings, saved: dict | None,
                      f'run measure {measured}')
   if settings.init:
     checkpoint.check_params(settings.init, param.abstract(run.specs))
-  kind = lambda b: jax.tree.structure(abstract_state(run, b).opt_state)
+  kind = lambda b: jax.tree.structure(phases.abstract_state(b).opt_state)
   for before, b in zip(built, built[1:]):
     if not b.reset_optimizer and kind(before) != kind(b):
       raise ValueError(
@@ -101,7 +103,7 @@ def check(run: Run, built: list[Built], settings: Settings, saved: dict | None,
   changes = {}
   if saved:
     folder = run.workdir / checkpoint.FOLDER / str(saved['step'])
-    checkpoint.check_state(folder, abstract_state(run, owner_of(built, saved)))
+    checkpoint.check_state(folder, phases.abstract_state(owner_of(built, saved)))
   for b in built if saved else ():
     try:
       b.check(saved['contracts'][b.phase.name])
@@ -114,14 +116,15 @@ def check(run: Run, built: list[Built], settings: Settings, saved: dict | None,
 
 def owner_of(built: list[Built], saved: dict) -> Built:
   """The phase that a checkpoint was saved in."""
-  return next(b for b in built if b.phase.name == saved['phase'])
+  return next(b for b in built
+              if (b.phase.name, b.phase.first) == (saved['phase'], saved['first']))
 
 
 def begin(run: Run, built: list[Built], checkpoints: checkpoint.Checkpointer, init: str,
           saved: dict | None) -> tuple[step_lib.TrainState, int]:
   """(state, step) of a new run, still without an optimiser, or of the checkpoint."""
   if saved:
-    wanted = abstract_state(run, owner_of(built, saved))
+    wanted = phases.abstract_state(owner_of(built, saved))
     return checkpoints.restore(saved['step'], wanted), saved['step']
   if init:
     params = checkpoint.load_params(init, param.abstract(run.specs, run.shardings))
@@ -131,24 +134,46 @@ def begin(run: Run, built: list[Built], checkpoints: checkpoint.Checkpointer, in
   return step_lib.TrainState(0, params, None), 0
 
 
-def fresh_state(run: Run, built: Built, params: Any, updates: Any) -> step_lib.TrainState:
+def fresh_state(built: Built, params: Any, updates: Any) -> step_lib.TrainState:
   """The parameters with an optimiser that has seen nothing."""
-  make = jax.jit(lambda p: built.tx.init(param.split(p, run.specs)[0]),
+  make = jax.jit(lambda p: built.tx.init(param.split(p, built.run.specs)[0]),
                  out_shardings=built.state_shardings.opt_state)
-  count = jax.device_put(np.int32(updates), run.replicated)
+  count = jax.device_put(np.int32(updates), built.run.replicated)
   return step_lib.TrainState(count, params, make(params))
 
 
-def abstract_state(run: Run, built: Built) -> step_lib.TrainState:
-  """Shapes, dtypes and shardings of a phase's state."""
-  params = param.abstract(run.specs)
-  opt_state = jax.eval_shape(built.tx.init, param.split(params, run.specs)[0])
-  plain = step_lib.TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, opt_state)
-  place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
-  return jax.tree.map(place, plain, built.state_shardings)
+def grow(built: Built, state: step_lib.TrainState, memory: dict, log: metrics.Logger,
+         ) -> step_lib.TrainState:
+  """The state with which the second part of a growing phase begins; says in the workdir what it did.
+
+  Args:
+    state, memory: at the end of the first part. The checkpoint of this step holds them, so that a
+      run that goes on from it grows in the same way.
+  """
+  (o, before), run, step = built.growth, built.run, built.phase.first
+  choice = growth.choose(o, before.run.cfg, before.run.specs, state,
+                         gradients(before, memory, state.params, o.score_batches))
+  growth.write(run.workdir, growth.document(
+      step=step, origin=str(run.workdir), how=dataclasses.asdict(o), cfg=run.cfg, choice=choice))
+  log.say(f'step {step}: each layer grows from {before.run.cfg.moe.experts} to '
+          f'{run.cfg.moe.experts} experts, chosen by {o.selection}')
+  return growth.grow(o, built.tx, before.run.specs, run.specs, built.state_shardings, state,
+                     choice.index)
 
 
-def enter(run: Run, built: Built, state: step_lib.TrainState, memory: dict | None,
+def gradients(built: Built, memory: dict, params: Any, num: int) -> Iterator[Any]:
+  """The gradients of the next optimiser steps, none of which is taken."""
+  memory = built.memory | memory
+  if num:
+    built.restore(memory)
+  for _ in range(num):
+    work = built.phase.feed.collect(params, memory, 0)
+    for batch in built.phase.feed.batches(work):
+      yield built.gradient(params, batch)
+    memory = built.phase.feed.finish(work)
+
+
+def enter(built: Built, state: step_lib.TrainState, memory: dict | None,
           changed: bool) -> tuple[step_lib.TrainState, dict]:
   """State and memory of a phase that begins (memory None), or goes on where the memory was made.
 
@@ -157,7 +182,7 @@ def enter(run: Run, built: Built, state: step_lib.TrainState, memory: dict | Non
   """
   begins = memory is None
   if begins and (built.reset_optimizer or state.opt_state is None):
-    state = fresh_state(run, built, state.params, state.updates)
+    state = fresh_state(built, state.params, state.updates)
   if begins or changed:
     memory = built.memory
   else:
@@ -207,14 +232,18 @@ def warn_of_rows(log: metrics.Logger, built: Built, step: int) -> None:
 def describe(run: Run, built: list[Built], saved: dict | None) -> list[tuple[str, str]]:
   """The start-up summary: (name, value) lines."""
   devices = jax.devices()
-  held = param.bytes_per_device(run.specs, run.mesh, dict(run.cfg.rules))
-  moments = max(opt_bytes(run, b) for b in built)
+  largest = built[-1].run.specs
+  held = param.bytes_per_device(largest, run.mesh, dict(run.cfg.rules))
+  moments = max(opt_bytes(b) for b in built)
   sizes = [f'{axis} {size}' for axis, size in run.mesh.shape.items() if size > 1]
   kind = run.cfg.attention
   if kind == 'auto':
     chosen = {attention.choose(jax.default_backend(), b.length, run.cfg.head_dim) for b in built}
     kind = f'auto: {", ".join(sorted(chosen))}'
   linear = [('fg2_gdn', recurrence(run.cfg))] if any(m == 'gdn' for m, _ in run.cfg.layers) else []
+  grows = [('growth', f'at step {b.phase.first}, from {b.growth.before.run.cfg.moe.experts} to '
+                      f'{b.run.cfg.moe.experts} experts a layer, {param.count(largest):,} parameters')
+           for b in built if b.growth]
   resumed = f', resumed at step {saved["step"]}' if saved else ''
   return [
       ('devices', f'{len(devices)} x {devices[0].device_kind}, {jax.process_count()} process(es)'),
@@ -226,6 +255,7 @@ def describe(run: Run, built: list[Built], saved: dict | None) -> list[tuple[str
       *linear,
       *((b.phase.name, f'steps {b.phase.first} to {b.phase.last}, up to {b.tokens:,} tokens a step')
         for b in built),
+      *grows,
       ('workdir', f'{run.workdir}{resumed}')]
 
 
@@ -237,9 +267,9 @@ def recurrence(cfg: ModelConfig) -> str:
   return f'{g.variant}, {form}, chunks of {g.chunk or fg2_gdn.CHUNK[on]} tokens'
 
 
-def opt_bytes(run: Run, built: Built) -> int:
+def opt_bytes(built: Built) -> int:
   """Bytes of optimiser state one device holds."""
-  state = abstract_state(run, built).opt_state
+  state = phases.abstract_state(built).opt_state
   return sum(int(np.prod(x.sharding.shard_shape(x.shape), dtype=np.int64)) * x.dtype.itemsize
              for x in jax.tree.leaves(state))
 

@@ -11,7 +11,7 @@ import jax
 
 from data import chat, fields
 from data import tokenizer as tokenizer_lib
-from launch import checkpoint, rl_phase
+from launch import checkpoint, growth, rl_phase
 from launch import config as config_lib
 from launch import engine as engine_lib
 from launch import mesh as mesh_lib
@@ -63,7 +63,7 @@ def load(workdir: str, step: int | None, sizes: Mapping[str, int], template: str
                      'give the folder of a run')
   config = config_lib.from_json(json.dumps(meta['config']))
   tokenizer = tokenizer_lib.load(config.tokenizer)
-  cfg = config_lib.model_config(config.model, tokenizer.vocab_size)
+  cfg = growth.model_at(config, tokenizer.vocab_size, meta['step'])
   mesh = mesh_lib.make_mesh(sizes)
   specs = model.specs(cfg)
   shardings = param.shardings(specs, mesh, dict(cfg.rules))

@@ -67,9 +67,12 @@ def main(arguments: list[str]) -> int:
         if step > b.phase.last or (step == b.phase.last and b is not built[-1]):
           continue
         goes_on = saved is not None and (saved['phase'], saved['step']) == (b.phase.name, step)
-        memory = checkpoints.memory(step) if goes_on else None
-        state, memory = start.enter(run, b, state, memory, b.phase.name in changes)
-        state = loop.train(b.phase, state, memory, step, hooks, fresh=not goes_on)
+        grows = b.growth is not None and step == b.phase.first
+        memory = checkpoints.memory(step) if goes_on or grows else None
+        if grows:
+          state = start.grow(b, state, memory, log)
+        state, memory = start.enter(b, state, memory, goes_on and b.phase.name in changes)
+        state = loop.train(b.phase, state, memory, step, hooks, fresh=grows or not goes_on)
         step = b.phase.last
         start.warn_of_rows(log, b, step)
     except loop.Stopped as signal:

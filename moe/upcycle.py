@@ -8,6 +8,7 @@ What is copied from where is one index array per layer. Parameters, averages of 
 """
 
 import dataclasses
+import functools
 import math
 import zlib
 from collections.abc import Mapping, Sequence
@@ -78,9 +79,15 @@ def expert_squares(tree: Tree, specs: Tree, arrays: Sequence[str]) -> dict[str, 
     if last in arrays and 'expert' in table[name].axes:
       kept = [table[name].axes.index(a) for a in ('layers', 'expert') if a in table[name].axes]
       others = tuple(i for i in range(len(table[name].shape)) if i not in kept)
-      squares = np.asarray(jnp.sum(jnp.square(leaves[name]), axis=others), np.float64)
-      out[layer] = out.get(layer, 0) + squares
+      out[layer] = out.get(layer, 0) + np.asarray(dots(leaves[name], leaves[name], others), np.float64)
   return out
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def dots(a: jax.Array, b: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+  """The sum of a b over the axes, whole on every device."""
+  found = jnp.sum(a * b, axis=axes)
+  return param.constrain(found, (), *[None] * found.ndim)
 
 
 def average(several: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -252,7 +259,7 @@ def similarity(params: Tree, specs: Tree, index: Mapping[str, np.ndarray]) -> di
     params, specs: after growth, perhaps long after.
   """
   table, leaves = param.flat(specs), param.flat(params)
-  dots = {}
+  found = {}
   for name, spec in table.items():
     layer = layer_of(name)
     if layer not in index or not spec.contract or 'expert' not in spec.axes:
@@ -260,9 +267,9 @@ def similarity(params: Tree, specs: Tree, index: Mapping[str, np.ndarray]) -> di
     original = original_of(index[layer])
     a, b = leaves[name], take(leaves[name], spec, original)
     others = tuple(i for i, axis in enumerate(spec.axes) if axis not in ('layers', 'expert'))
-    sums = np.array([jnp.sum(x * y, axis=others) for x, y in ((a, b), (a, a), (b, b))], np.float64)
-    dots[layer] = dots.get(layer, 0) + sums
-  return {layer: d[0] / np.sqrt(d[1] * d[2]) for layer, d in dots.items()}
+    sums = np.array([dots(x, y, others) for x, y in ((a, b), (a, a), (b, b))], np.float64)
+    found[layer] = found.get(layer, 0) + sums
+  return {layer: d[0] / np.sqrt(d[1] * d[2]) for layer, d in found.items()}
 
 
 def original_of(index: np.ndarray) -> np.ndarray:

@@ -156,7 +156,7 @@ def after_update(params: dict, cfg: ModelConfig, load: Mapping[int, jax.Array]) 
   Args:
     load: {layer index: [experts]}, Output.load summed over the step.
   """
-  params, names = dict(params), dict(_by_layer(cfg))
+  params, names = dict(params), dict(by_layer(cfg))
   for (part, name), indices in names.items():
     if indices[0] in load:
       totals = jnp.stack([load[i] for i in indices]) if part == 'blocks' else load[indices[0]]
@@ -198,7 +198,7 @@ def _states(cfg: ModelConfig, make) -> dict:
   return states
 
 
-def _by_layer(cfg: ModelConfig) -> list[tuple[tuple[str, str], tuple[int, ...]]]:
+def by_layer(cfg: ModelConfig) -> list[tuple[tuple[str, str], tuple[int, ...]]]:
   """((part, position), the model's indices of layers there) for every entry of the parameters."""
   first, period, entries = len(cfg.head), len(cfg.pattern), []
   for part, layers in _parts(cfg).items():
@@ -214,7 +214,7 @@ def _replays(cfg: ModelConfig, routes: Mapping[int, jax.Array], shape: tuple[int
   if wrong := [i for i in routes if i not in range(len(cfg.layers)) or cfg.layers[i][1] != 'moe']:
     raise ValueError(f'routes are given for layers {wrong}, which have no experts')
   states = _states(cfg, lambda names: None)
-  for (part, name), indices in _by_layer(cfg):
+  for (part, name), indices in by_layer(cfg):
     if not set(indices) & routes.keys():
       continue
     found = [routes.get(i, jnp.full((*shape, cfg.moe.top_k), -1, jnp.int32)) for i in indices]
