@@ -12,7 +12,7 @@ facts, more than 16 experts hold. Per seed there are two sources of 800 steps at
   16, 32              the source as it is; 32 never was anything else
   uniform             the source of 16, every expert copied once
   grad_sq             the same, experts with the largest gradients copied up to three times
-  random              the source of 16, with 16 experts and router columns as at the start of a run
+  fresh               the source of 16, with 16 experts and router columns as at the start of a run
 """
 
 import sys
@@ -64,7 +64,7 @@ def continued(workdir: Path, text: tuple[str, ...]) -> dict[tuple[str, str], com
 
   small, large = sources(text)
   kinds = {'16': ((), start(small)), '32': (LARGE, start(large))}
-  kinds |= {name: (LARGE, start(small, '--selection', name)) for name in ('uniform', 'grad_sq', 'random')}
+  kinds |= {name: (LARGE, start(small, '--selection', name)) for name in ('uniform', 'grad_sq', 'fresh')}
   return {(share, name): common.Arm(
       f'{name} {share}'.replace(' %', ''), CONFIG,
       (*changes, *text, f'pretrain.steps={SOURCE + more}', f'pretrain.optimizer.decay={decay}'),

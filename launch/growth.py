@@ -58,7 +58,7 @@ def read_options(config: Any, cfg: ModelConfig) -> Options:
   if u.selection in GRADIENTS:
     config_lib.at_least(1, config, 'upcycle.score_batches')
     more['score_batches'] = u.score_batches
-  if u.selection != 'uniform':
+  if u.selection not in ('uniform', 'fresh'):
     if u.allocation not in ('greedy', 'weighted'):
       raise ValueError(f'upcycle.allocation is {u.allocation!r}, wanted greedy or weighted')
     own = {'greedy': 'cap', 'weighted': 'temperature'}[u.allocation]
@@ -67,6 +67,8 @@ def read_options(config: Any, cfg: ModelConfig) -> Options:
       config_lib.at_least(1, config, 'upcycle.cap')
     elif u.temperature <= 0:
       raise ValueError(f'upcycle.temperature is {u.temperature}, wanted more than 0')
+  if u.selection == 'fresh':             # there is nothing that moments could be copied for
+    return Options(factor=u.factor, selection='fresh', optimizer='reset', seed=config.seed)
   noise = 'noise' if cfg.moe.bias_rate else 'router_noise'
   config_lib.at_least(0, config, f'upcycle.{noise}')
   more[noise] = u[noise]
@@ -109,7 +111,7 @@ def choose(o: Options, cfg: ModelConfig, specs: Any, state: step_lib.TrainState,
     gradients: of the trainable parameters, each of one optimiser step; only read if needed.
   """
   found = None
-  if o.selection != 'uniform':
+  if o.selection not in ('uniform', 'fresh'):
     second = optimizer.mean_squares(state.opt_state) if o.selection == 'fisher' else None
     several = [None] if o.selection == 'weight' else gradients
     found = upcycle.average([
@@ -159,9 +161,11 @@ def make_grow(o: Options, tx: Any, specs: Any, after: Any, shardings: step_lib.T
 def grow_params(o: Options, specs: Any, after: Any, params: Any, index: Mapping[str, np.ndarray],
                 place: Callable = lambda tree: tree) -> Any:
   """The grown model's parameters, its copies told apart. place: constrains where they lie."""
+  copied = place(upcycle.grow(params, specs, index))
+  if o.selection == 'fresh':
+    return upcycle.renew(copied, after, index, o.seed)
   return upcycle.perturb(
-      place(upcycle.grow(params, specs, index)), after, index, noise=o.noise,
-      router_noise=o.router_noise, seed=o.seed)
+      copied, after, index, noise=o.noise, router_noise=o.router_noise, seed=o.seed)
 
 
 def spread(specs: Any, shardings: Any) -> Any:

@@ -22,7 +22,7 @@ from nn.config import MoE
 from nn.param import Spec, Tree
 
 FIRST = ('gate', 'up')                 # the first matrix of an expert, which scores look at unless told otherwise
-SELECTIONS = ('uniform', 'grad_sq', 'saliency', 'fisher', 'weight')
+SELECTIONS = ('uniform', 'fresh', 'grad_sq', 'saliency', 'fisher', 'weight')
 OPTIMIZERS = ('copy', 'reset', 'scale')
 
 
@@ -194,6 +194,22 @@ def take(a: jax.Array, spec: Spec, index: np.ndarray) -> jax.Array:
     return jnp.take(a, index, axis=spec.axes.index('expert'))
   axis = spec.axes[1:].index('expert')                 # layers come first
   return jax.vmap(lambda one, i: jnp.take(one, i, axis=axis))(a, jnp.asarray(index))
+
+
+def renew(params: Tree, specs: Tree, index: Mapping[str, np.ndarray], seed: int) -> Tree:
+  """The grown parameters with every copy replaced by an expert as at the start of a run: a control.
+
+  Args:
+    params, specs: after growth.
+  """
+  table, leaves = param.flat(specs), param.flat(params)
+  mine = {name: spec for name, spec in table.items() if 'expert' in spec.axes}
+  fresh = param.flat(param.init(jax.random.key(seed), param.unflat(mine)))
+  for name, spec in mine.items():
+    shape = [n if axis in ('layers', 'expert') else 1 for n, axis in zip(spec.shape, spec.axes)]
+    copies = jnp.asarray(is_copy(index[layer_of(name)])).reshape(shape)
+    leaves[name] = jnp.where(copies, fresh[name], leaves[name])
+  return param.unflat(leaves)
 
 
 def perturb(params: Tree, specs: Tree, index: Mapping[str, np.ndarray], *, noise: float = 1e-3, router_noise: float = 0.01,
