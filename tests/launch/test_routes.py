@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import train_runs
-from launch import engine, rl_phase, rollout
+from launch import engine, loop, rl_phase, rollout
 from launch import mesh as mesh_lib
 from launch import step as step_lib
 from nn import model, param
@@ -104,6 +104,13 @@ def test_recorded_are_the_experts_that_the_forward_pass_takes():
           batch.routes[i], np.where(known(batch)[..., None], output.routes[i], -1))
     np.testing.assert_allclose(
         logp * batch.masks['train'], batch.data[label(SAMPLER)], atol=2e-5)
+
+
+def test_a_batch_that_is_kept_for_a_post_mortem_has_its_routes(tmp_path):
+  batch = batches(collected(False))[0]
+  with np.load(loop.dump_batch(str(tmp_path / 'batch.npz'), batch)) as kept:
+    np.testing.assert_array_equal(kept['routes/2'], batch.routes[2])
+    np.testing.assert_array_equal(kept['masks/train'], batch.masks['train'])
 
 
 def test_many_experts_are_recorded_in_more_bits_and_dense_models_record_nothing():
