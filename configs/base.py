@@ -79,7 +79,7 @@ def get_config() -> ConfigDict:
   c.rl.top_p = 1.0                     # sample among the likeliest ids that hold this probability
   c.rl.min_p = 0.0                     # drop ids below this share of the likeliest one's chance
   c.rl.support = 64                    # ids recorded per token when these three cut some off
-  c.rl.routing_replay = False          # training takes the experts that sampling took, see docs/architecture.md
+  c.rl.routing_replay = False          # training takes the experts that sampling took, gates anew
   c.rl.stop = ()                       # strings that end a response, beside the end token
   c.rl.methods = ('grpo',)             # names in rl/methods, composed in this order
   for name in METHODS:
