@@ -159,29 +159,25 @@ def test_two_copies_of_everyone_are_the_source_with_half_the_choice(source, tmp_
       atol=1e-5)
 
 
-@pytest.mark.parametrize('slices', [1, 2])
-def test_a_dense_run_goes_on_as_a_mixture(dense, tmp_path, slices, capsys):
+def test_a_dense_run_goes_on_as_a_mixture(dense, tmp_path, capsys):
   out = tmp_path / 'out'
-  grow(dense, out, '--dense', '--experts', '4', '--top_k', '2', '--slices', str(slices),
+  grow(dense, out, '--dense', '--experts', '4', '--top_k', '2', '--slices', '2',
        '--config.model.moe.balance_loss=0.01')
   np.testing.assert_allclose(logits(out), logits(dense), atol=1e-5)
   moments = [x for name, x in train_runs.state(out, 0).items() if "['mu']" in name]
   assert moments and not any(x.any() for x in moments)
-  if slices == 2:
-    said = capsys.readouterr().out.split('--config.')[1:]
-    settings = [text.strip() for text in said]
-    assert train_runs.run(out, *DENSE, *settings, 'sft.steps=2') == 0
-    assert len(train_runs.logged(out)) == 2
+  settings = [text.strip() for text in capsys.readouterr().out.split('--config.')[1:]]
+  assert train_runs.run(out, *DENSE, *settings) == 0           # restored: it is what it says it is
+  assert train_runs.steps(out) == [0]
 
 
 def test_on_eight_devices_it_is_the_same_and_nobody_holds_more(source, tmp_path):
   mesh = ('--config.mesh.data=2', '--config.mesh.expert=4')
-  options = ('--selection', 'saliency', '--score_batches', '1')
-  one, many = grow(source, tmp_path / 'one', *options), grow(
-      source, tmp_path / 'many', *options, *mesh)
+  options = ('--selection', 'weight')
+  one, many = (grow(source, tmp_path / name, *options, *where)
+               for name, where in (('one', ()), ('many', mesh)))
   layer = lambda found: found['layers']['blocks/0/ffn']
   assert layer(one)['sources'] == layer(many)['sources']
-  np.testing.assert_allclose(layer(one)['scores'], layer(many)['scores'], rtol=1e-4)
   left, right = (train_runs.state(tmp_path / name, 4) for name in ('one', 'many'))
   for name, x in left.items():
     np.testing.assert_array_equal(x, right[name], err_msg=name)
@@ -192,8 +188,9 @@ def test_on_eight_devices_it_is_the_same_and_nobody_holds_more(source, tmp_path)
   with jax.set_mesh(s.run.mesh):
     tx, _, before = grown_run.optimizer_of(s, s.run)
     _, shardings, wanted = grown_run.optimizer_of(s, after)
-    o = growth.Options(factor=2, selection='uniform', optimizer='copy', seed=0)
-    index = upcycle.select(s.run.specs, 2)
+    o = growth.Options(factor=2, selection='weight', optimizer='copy', seed=0, cap=3,
+                       noise=1e-3)
+    index = growth.index_of(many)
     compiled = growth.make_grow(o, tx, s.run.specs, after.specs, shardings, index).lower(
         before).compile()
   text = compiled.as_text()
