@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from launch import score
+from launch import engine, score
 from saved_models import BYTES, logp_by_hand, make_config, write
 
 pytestmark = pytest.mark.usefixtures('cheap_compilation')
@@ -93,6 +93,13 @@ def test_rows_are_read_a_part_at_a_time_and_keep_their_order(monkeypatch, scored
   total = sum(row['sum'] for row in found)
   assert out.startswith(f'5 rows, 21 tokens scored, perplexity {math.exp(-total / 21):.6g}: ')
   assert 'score  5/5 rows' in err.splitlines()[-1]
+
+
+def test_texts_of_any_length_compile_few_programs():
+  assert [engine.few(n, 5000) for n in (1, 64, 65, 129, 193, 257, 385, 4000, 5000)] == [
+      64, 64, 128, 192, 256, 384, 512, 4096, 5000]
+  assert all(n <= engine.few(n, 1 << 17) < max(65, 1.5 * n + 64) for n in range(1, 3000))
+  assert len({engine.few(n, 1 << 17) for n in range(1, 1 << 17)}) == 22
 
 
 @pytest.mark.parametrize('row, said', [
