@@ -77,7 +77,7 @@ def specs(cfg: ModelConfig) -> dict[str, Spec]:
         table[f'{name}_bias'] = bias(out)
   rank = (0 if g.variant == 'gdn' else value) if g.gate_rank < 0 else g.gate_rank
   table |= projection('gate', values, rank)
-  table |= {'norm': norm.specs(value, 'value_dim')['scale']}
+  table |= {'norm': bias(('value_dim',), param.ones)}
   return table | {
       'o': param.matrix(sizes, ('heads', 'value_dim', 'embed'), contract=('heads', 'value_dim'),
                         scale=(2 * len(cfg.layers)) ** -0.5)}
