@@ -1,10 +1,15 @@
 """A run with adapters: on a checkpoint without them, through two phases, interrupted, with a reference."""
 
+import dataclasses
+import json
+
 import numpy as np
 import pytest
 
 import train_runs
-from launch import checkpoint
+from launch import adapters, checkpoint, talk
+from nn import lora, model, param
+from nn.config import LoRA
 
 pytestmark = pytest.mark.usefixtures('cheap_compilation')
 
@@ -63,6 +68,42 @@ def test_a_reference_may_be_the_model_without_adapters(runs, tmp_path):
   kept = checkpoint.read_meta(tmp_path / 'run' / 'reference')['leaves']
   assert kept and not any('lora' in name for name in kept)
   assert train_runs.logged(tmp_path / 'run')['rl', 1]['kl'] > 1e-9
+
+
+def test_adapters_leave_a_run_merged_or_for_peft(runs, tmp_path):
+  _, adapted = runs
+  at = ['--workdir', str(adapted), '--step', '4']
+  assert adapters.main([*at, '--merged', str(tmp_path / 'merged')]) == 0
+  speaker = talk.load(str(tmp_path / 'merged'), None, {'data': 1}, None)
+  assert speaker.cfg.lora.rank == 0 and speaker.step == 4
+  cfg = dataclasses.replace(speaker.cfg, lora=LoRA(rank=2, targets=('*/mixer/q', '*/ffn/*')))
+  params = checkpoint.load_params(
+      adapted / 'checkpoints' / '4', param.abstract(model.specs(cfg)))
+  for name, x in param.flat(lora.merge(params, cfg.lora)).items():
+    np.testing.assert_allclose(param.flat(speaker.params)[name], x, atol=1e-6, err_msg=name)
+
+  assert adapters.main([*at, '--peft', str(tmp_path / 'peft'), '--base', 'me/tiny']) == 0
+  config = json.loads((tmp_path / 'peft' / 'adapter_config.json').read_text())
+  assert config['r'] == 2 and config['base_model_name_or_path'] == 'me/tiny'
+  modules = ('self_attn.q_proj', 'mlp.gate_proj', 'mlp.up_proj', 'mlp.down_proj')
+  assert sorted(config['target_modules']) == sorted(
+      f'model.layers.{i}.{name}' for i in range(2) for name in modules)
+  raw = (tmp_path / 'peft' / 'adapter_model.safetensors').read_bytes()
+  size = int.from_bytes(raw[:8], 'little')
+  header = json.loads(raw[8:8 + size])
+  a = header['base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight']
+  begin, end = (8 + size + n for n in a['data_offsets'])
+  np.testing.assert_array_equal(
+      np.frombuffer(raw[begin:end], '<f4').reshape(a['shape']),
+      np.asarray(params['lora']['blocks']['0']['mixer']['q']['a'][1]).T)
+
+
+def test_what_cannot_leave_is_refused(runs, tmp_path):
+  base, adapted = runs
+  with pytest.raises(ValueError, match='has no adapters'):
+    adapters.main(['--workdir', str(base), '--merged', str(tmp_path / 'merged')])
+  with pytest.raises(ValueError, match='exists; nothing is written over'):
+    adapters.main(['--workdir', str(adapted), '--peft', str(tmp_path)])
 
 
 def test_other_adapters_are_refused(runs, tmp_path, monkeypatch, capsys):
