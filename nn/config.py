@@ -310,6 +310,33 @@ def from_dict(fields: Mapping[str, Any]) -> ModelConfig:
   return ModelConfig(**fields | {name: kind(**fields[name]) for name, kind in PARTS.items() if name in fields})
 
 
+# What a run chooses without becoming another model.
+RUN_FIELDS = {
+    '': ('max_length', 'dtype', 'remat', 'unroll', 'attention', 'score_chunk', 'rules'),
+    'gdn': ('implementation', 'chunk'),
+    'moe': ('balance_loss', 'z_loss', 'bias_rate', 'matmul', 'dispatch')}
+
+
+def architecture(cfg: ModelConfig) -> dict[str, Any]:
+  """{field: value} of what makes up the function, in one form for all configs that mean the same."""
+  fields = dataclasses.asdict(cfg)
+  mixers, ffns = ({names[i] for names in cfg.layers} for i in (0, 1))
+  fields['layers'] = cfg.layers
+  fields['query_scalar'] = cfg.query_scalar or cfg.head_dim
+  fields['attention_bias'] = sorted(cfg.attention_bias)
+  fields['rope'] |= {'fast': cfg.rope.turns, 'gain': cfg.rope.attention_gain}
+  fields['gdn'] |= cfg.gdn_sizes._asdict()
+  fields['moe']['ffw_dim'] = cfg.moe.ffw_dim or cfg.ffw_dim // cfg.moe.top_k
+  unused = {'head', 'pattern', 'repeats', 'tail', 'ffn', *RUN_FIELDS['']}
+  unused |= {'gdn'} - mixers | {'moe'} - ffns
+  unused |= {'ffw_dim'} if 'mlp' not in ffns else set()
+  unused |= {'rope_theta'} if mixers == {'local'} else set()
+  unused |= {f'{part}.{name}' for part in PARTS for name in RUN_FIELDS.get(part, ())}
+  kept = {name: x for name, x in fields.items() if name not in unused}
+  inner = {f'{part}.{name}': x for part in PARTS if part in kept for name, x in kept.pop(part).items()}
+  return kept | {name: x for name, x in inner.items() if name not in unused}
+
+
 class GDNSizes(NamedTuple):
   num_heads: int
   num_key_heads: int

@@ -230,6 +230,15 @@ def _by_layer(cfg: ModelConfig) -> list[tuple[tuple[str, str], tuple[int, ...]]]
   return entries
 
 
+def places(cfg: ModelConfig) -> list[tuple[str, tuple[int, ...]]]:
+  """Where every layer's parameters are: path in the table, and index in its stacked arrays."""
+  found = {}
+  for (part, name), indices in _by_layer(cfg):
+    for r, i in enumerate(indices):
+      found[i] = f'{part}/{name}', (r,) if part == 'blocks' else ()
+  return [found[i] for i in range(len(cfg.layers))]
+
+
 def _replays(cfg: ModelConfig, routes: Mapping[int, jax.Array], shape: tuple[int, int]) -> dict:
   """routes as `_walk` wants states; a layer under the scan that is not named chooses anew."""
   if wrong := [i for i in routes if i not in range(len(cfg.layers)) or cfg.layers[i][1] != 'moe']:
