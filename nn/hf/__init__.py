@@ -4,12 +4,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from nn.config import ModelConfig, architecture, from_dict
-from nn.hf import llama
+from nn.hf import hybrid, latent, llama, own
 from nn.hf.keys import Keys
 from nn.hf.table import Family, Piece, pieces, plan, read, write
 
 FAMILIES = {f.model_type: f for f in (
-    llama.LLAMA, llama.QWEN2, llama.QWEN3, llama.QWEN3_MOE, llama.MIXTRAL, llama.GEMMA3)}
+    llama.LLAMA, llama.QWEN2, llama.QWEN3, llama.QWEN3_MOE, llama.MIXTRAL, llama.GEMMA3,
+    latent.DEEPSEEK_V3, latent.GLM4_MOE, hybrid.QWEN3_NEXT, hybrid.QWEN3_5, hybrid.QWEN3_5_MOE,
+    hybrid.KIMI_LINEAR)}
 
 __all__ = ['FAMILIES', 'Family', 'Piece', 'choose', 'family_of', 'model_config', 'pieces', 'plan',
            'public_config', 'read', 'write']
@@ -18,8 +20,11 @@ __all__ = ['FAMILIES', 'Family', 'Piece', 'choose', 'family_of', 'model_config',
 def family_of(config: Mapping[str, Any]) -> Family:
   """The family of a config.json."""
   name = config.get('model_type')
+  if name == own.MODEL_TYPE:
+    return own.of_config(config)
   if name not in FAMILIES:
-    raise ValueError(f'config.json: model_type is {name!r}; known are {", ".join(FAMILIES)}')
+    raise ValueError(f'config.json: model_type is {name!r}; known are {", ".join(FAMILIES)}, '
+                     f'{own.MODEL_TYPE}')
   return FAMILIES[name]
 
 
@@ -62,20 +67,15 @@ def public_config(
 
 
 def choose(cfg: ModelConfig) -> Family:
-  """The first family that can say what a model is.
-
-  Raises:
-    ValueError: there is none; says what keeps each from it.
-  """
-  reasons = []
+  """The first family that can say what a model is; where none can, a format of our own."""
   for family in FAMILIES.values():
     try:
       public_config(family, cfg)
       pieces(family, cfg)
       return family
-    except ValueError as error:
-      reasons.append(str(error))
-  raise ValueError('no public model is like this one: ' + '; '.join(reasons))
+    except ValueError:
+      pass
+  return own.family(cfg)
 
 
 def differences(a: ModelConfig, b: ModelConfig) -> list[tuple[str, Any, Any]]:

@@ -52,14 +52,14 @@ class Keys:
       raise ValueError(f'config.json has keys without a meaning here: {listed}')
 
 
-def read_sizes(keys: Keys) -> dict[str, Any]:
-  """Fields that every decoder has."""
+def read_sizes(keys: Keys, longest: str = 'max_position_embeddings') -> dict[str, Any]:
+  """Fields that every decoder has. longest: the key of its number of positions."""
   heads, width = keys('num_attention_heads'), keys('hidden_size')
   return {
       'vocab_size': keys('vocab_size'), 'embed_dim': width, 'num_heads': heads,
       'num_kv_heads': keys('num_key_value_heads', heads),
       'head_dim': keys('head_dim', width // heads), 'ffw_dim': keys('intermediate_size'),
-      'max_length': keys('max_position_embeddings'), 'norm_eps': float(keys('rms_norm_eps')),
+      'max_length': keys(longest), 'norm_eps': float(keys('rms_norm_eps')),
       'tied': keys('tie_word_embeddings')}
 
 
