@@ -121,7 +121,7 @@ def test_a_recurrence_a_token_at_a_time_is_the_merged_model():
 
   @jax.jit
   def decode(params):
-    hidden, cache = model.prefill(params, cfg, rows.tokens[:, :8], jnp.zeros(8, jnp.int32), 9)
+    hidden, cache, _ = model.prefill(params, cfg, rows.tokens[:, :8], jnp.zeros(8, jnp.int32), 9)
     return jnp.stack([hidden, model.step(params, cfg, rows.tokens[:, 8], cache)[0]], axis=1)
 
   rows = tiny.batch(rows.tokens)
