@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from launch import hf_files
-from nn import hf, model, param
+from nn import model, param
 
 VOCAB, LENGTH, NEW = 61, 320, 64
 TOLERANCE = 2e-4                       # of logits in float32
@@ -90,7 +90,7 @@ def public_model(kind: str, changes: dict):
   rng = np.random.default_rng(0)
   with torch.no_grad():
     saved = made.state_dict()
-    for name, tensor in made.named_parameters():
+    for tensor in made.parameters():
       spread = 0.5 if tensor.ndim < 2 else 1.3 * tensor.shape[-1] ** -0.5
       shift = 0.7 if tensor.ndim < 2 else 0.0
       tensor.copy_(torch.tensor(shift + spread * rng.standard_normal(tuple(tensor.shape))))
