@@ -46,8 +46,7 @@ def main(arguments: list[str]) -> int:
   cfg = config_lib.model_config(config.model, vocab_size)
   if not cfg.lora.rank:
     raise ValueError(f'{folder} has no adapters: its model.lora.rank is 0')
-  plain = dataclasses.replace(cfg, lora=LoRA())
-  family = hf.choose(plain) if options.peft else None
+  family = hf.choose(cfg) if options.peft else None
   mesh, specs = mesh_lib.make_mesh(talk.mesh_sizes(options.mesh)), model.specs(cfg)
   where = param.shardings(specs, mesh, dict(cfg.rules))
   params = checkpoint.load_params(folder, param.abstract(specs, where))
