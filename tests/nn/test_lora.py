@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import nn_tiny as tiny
 import numpy as np
 import pytest
+from jax.extend import core
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from nn import linear, lora, model, param, score
@@ -103,7 +104,7 @@ def scan_outputs(jaxpr):
   for eqn in jaxpr.eqns:
     if eqn.primitive.name == 'scan':
       yield from (v.aval.shape for v in eqn.outvars)
-    for inner in jax.core.jaxprs_in_params(eqn.params):
+    for inner in core.jaxprs_in_params(eqn.params):
       yield from scan_outputs(inner)
 
 
