@@ -26,9 +26,7 @@ def main(arguments: list[str]) -> int:
 
   import jax
 
-  from data import tokenizer as tokenizer_lib
-  from launch import checkpoint, talk
-  from launch import config as config_lib
+  from launch import checkpoint, models, talk
   from launch import mesh as mesh_lib
   from nn import hf, lora, model, param
   from nn.config import LoRA
@@ -38,25 +36,23 @@ def main(arguments: list[str]) -> int:
   if target.exists():
     raise ValueError(f'{target} exists; nothing is written over')
   folder = talk.find(options.workdir, options.step)
-  meta = checkpoint.read_meta(folder)
-  if 'config' not in meta:
-    raise ValueError(f'{folder} holds parameters alone, without a config; give the folder of a run')
-  config = config_lib.from_json(json.dumps(meta['config']))
-  vocab_size = tokenizer_lib.load(config.tokenizer).vocab_size
-  cfg = config_lib.model_config(config.model, vocab_size)
+  known, meta = models.describe(folder), checkpoint.read_meta(folder)
+  cfg = known.cfg
   if not cfg.lora.rank:
     raise ValueError(f'{folder} has no adapters: its model.lora.rank is 0')
-  plain = dataclasses.replace(cfg, lora=LoRA())
-  family = hf.choose(plain) if options.peft else None
-  mesh, specs = mesh_lib.make_mesh(talk.mesh_sizes(options.mesh)), model.specs(cfg)
+  specs = model.specs(cfg)
+  if options.peft:
+    family = hf.family_of(known.origin.config) if known.origin else hf.choose(cfg)
+    with checkpoint.reader(folder) as array:
+      small = {name: array(f'lora/{name}') for name in param.flat(specs['lora'])}
+    save(target, *peft.export(param.unflat(small), cfg, family, options.base))
+    return 0
+  mesh = mesh_lib.make_mesh(talk.mesh_sizes(options.mesh))
   where = param.shardings(specs, mesh, dict(cfg.rules))
   params = checkpoint.load_params(folder, param.abstract(specs, where))
-  if options.peft:
-    save(target, *peft.export(mesh_lib.gather(params['lora']), cfg, family, options.base))
-    return 0
   merge = jax.jit(lambda p: lora.merge(p, cfg.lora), out_shardings=lora.base(where))
   meta['config']['model']['lora'] = dataclasses.asdict(LoRA())
-  kept = {name: meta[name] for name in ('config', 'phase', 'step')}
+  kept = {name: meta[name] for name in ('config', 'phase', 'step', 'hf') if name in meta}
   checkpoint.save_params(target, merge(params), {**kept, 'from': str(folder)})
   return 0
 
@@ -65,7 +61,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
   p = cli.parser(__doc__)
   p.add_argument('--workdir', required=True, help='folder of a run with adapters, or of a step')
   p.add_argument('--step', type=int, default=None, help='of the checkpoint; default: the newest')
-  p.add_argument('--mesh', default='data=1', help='devices to load it onto, as fsdp=2,model=2')
+  p.add_argument('--mesh', default='data=1', help='with --merged: devices to load it onto, as fsdp=2')
   p.add_argument('--base', default='', help='with --peft: name of the model without adapters')
   kinds = p.add_mutually_exclusive_group(required=True)
   kinds.add_argument('--peft', default='', help='folder to write in the format of peft')

@@ -250,9 +250,9 @@ def _check_folder(folder: Path, abstract_params: Tree) -> None:
 
 
 def as_saved(path: str | Path, abstract_params: Tree) -> Tree:
-  """abstract_params without the adapters, where the checkpoint is of the model without any."""
-  if not hf_files.is_folder(path) and any(
-      name.startswith('params/lora/') for name in read_meta(find(path))['leaves']):
+  """abstract_params without the adapters, where what the path means is a model without any."""
+  names = () if hf_files.is_folder(path) else read_meta(find(path))['leaves']
+  if any(name.startswith('params/lora/') for name in names):
     return abstract_params
   return lora.base(abstract_params)
 

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from launch import checkpoint, hf_files, models, talk
 from launch import mesh as mesh_lib
-from nn import model, param
+from nn import lora, model, param
 
 
 def to_checkpoint(source: str, target: str, mesh: str = 'data=1', drop: Sequence[str] = ()) -> int:
@@ -50,12 +51,16 @@ def to_checkpoint(source: str, target: str, mesh: str = 'data=1', drop: Sequence
 
 
 def to_public(source: str, target: str, dtype: str = '', tokenizer: str = '') -> int:
-  """Writes a checkpoint as a Hugging Face folder; returns the number of parameters."""
+  """Writes a checkpoint as a Hugging Face folder; returns the number of parameters.
+
+  Adapters are merged.
+  """
   known = models.describe(source)
   kind = next((k for k, d in hf_files.DTYPES.items() if d.name == dtype), '')
   tokenizer = tokenizer or known.tokenizer
   with checkpoint.reader(source) as array:
-    hf_files.save(target, known.cfg, array, origin=known.origin, kind=kind,
+    merged = lora.merging(array, model.specs(known.cfg), known.cfg.lora)
+    hf_files.save(target, known.cfg, lambda path: np.asarray(merged(path)), origin=known.origin, kind=kind,
                   tokenizer='' if tokenizer == 'bytes' else tokenizer,
                   ids=models.special_ids(tokenizer))
-  return param.count(model.specs(known.cfg))
+  return param.count(lora.base(model.specs(known.cfg)))

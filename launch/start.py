@@ -19,7 +19,7 @@ from launch import mesh as mesh_lib
 from launch import report as report_lib
 from launch import step as step_lib
 from launch.phases import Built, Run
-from nn import param
+from nn import lora, param
 from nn.config import ModelConfig
 
 
@@ -340,8 +340,8 @@ def make_hooks(run: Run, built: list[Built], settings: Settings,
 
 def export(run: Run, settings: Settings, params: Any, tokenizer: str) -> None:
   """Writes the model as a Hugging Face folder, for other engines."""
-  leaves = param.flat(params)
-  hf_files.save(settings.export, run.cfg, lambda path: mesh_lib.gather(leaves[path]),
+  array = lora.merging(param.flat(params).__getitem__, run.specs, run.cfg.lora)
+  hf_files.save(settings.export, run.cfg, lambda path: mesh_lib.gather(array(path)),
                 origin=settings.origin, tokenizer='' if tokenizer == 'bytes' else tokenizer,
                 ids=models.special_ids(tokenizer))
 

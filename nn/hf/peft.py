@@ -7,7 +7,6 @@ E experts, I inputs and O outputs of our matrix, R rank.
 """
 
 import collections
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -61,7 +60,6 @@ def _config(lora: LoRA, base: str) -> dict[str, Any]:
 
 def _holding(paths: set[str], cfg: ModelConfig, family: Family) -> dict[str, list[Piece]]:
   """{tensor: the cells in it that are adapted}; experts in the tensors that hold all of a layer."""
-  cfg = dataclasses.replace(cfg, lora=LoRA())
   specs = param.flat(model.specs(cfg))
   every = [p for some in (family.entries, family.fused)
            for p in table._pieces(some, family, cfg, specs)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nn import model, param
+from nn import lora, model, param
 from nn.config import ModelConfig
 from nn.hf.keys import Keys
 
@@ -120,12 +120,12 @@ class Piece(NamedTuple):
 
 
 def pieces(family: Family, cfg: ModelConfig) -> list[Piece]:
-  """All cells of a model, in the order of its layers, as the family writes them.
+  """All cells of a model without adapters, in the order of its layers, as the family writes them.
 
   Raises:
     ValueError: the family has no tensor for some parameter.
   """
-  specs = param.flat(model.specs(cfg))
+  specs = param.flat(lora.base(model.specs(cfg)))
   found = _pieces(family.entries, family, cfg, specs)
   cells = Counter((p.path, p.lead) for p in found)
   assert max(cells.values()) == 1, cells.most_common(1)
@@ -153,7 +153,7 @@ def plan(
   """
   plain, chosen = pieces(family, cfg), []
   fused = {}
-  for p in _pieces(family.fused, family, cfg, param.flat(model.specs(cfg))):
+  for p in _pieces(family.fused, family, cfg, param.flat(lora.base(model.specs(cfg)))):
     if p.tensor in shapes:
       fused[p.path, p.lead] = p
   for p in plain:
