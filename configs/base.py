@@ -15,7 +15,7 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
-from nn.config import RULES, ModelConfig
+from nn.config import PARTS, RULES, ModelConfig
 from rl.methods import METHODS
 
 # Blocks whose keys a config invents; the value's type is given here.
@@ -31,13 +31,15 @@ def get_config() -> ConfigDict:
   c.tokenizer = 'bytes'                # or a tokenizer.json, its folder, a SentencePiece *.model
   c.phases = ('pretrain',)             # in this order: pretrain, sft, rl
   c.init = ''                          # checkpoint whose parameters the first phase starts from
+  c.model_from = ''                    # checkpoint whose model this is; '': c.model alone says it
+  c.export = ''                        # folder for the model at the end, as transformers reads it
   c.streams = 1                        # sub-streams of the data; a multiple of the processes
   c.report = True                      # write report.html at the end
 
   defaults = {f.name: f.default for f in dataclasses.fields(ModelConfig)}    # explained there
   c.model = ConfigDict({name: x for name, x in defaults.items()
-                        if name not in ('rules', 'gdn', 'moe') and x is not dataclasses.MISSING})
-  for part in ('gdn', 'moe'):          # of layers with that mixer or FFN; explained there, too
+                        if name not in ('rules', *PARTS) and x is not dataclasses.MISSING})
+  for part in PARTS:                   # explained there, too
     c.model[part] = ConfigDict(dataclasses.asdict(defaults[part]))
   c.model.vocab_size = 0               # ids; 0: as many as the tokenizer has
   c.model.embed_dim = 128              # width D

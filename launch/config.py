@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from configs import base
-from nn.config import GDN, RULES, ModelConfig, MoE
+from nn import config as model_lib
+from nn.config import RULES, ModelConfig
 from rl import methods, names
 from rl.methods import METHODS
 
@@ -25,7 +26,7 @@ PHASES = ('pretrain', 'sft', 'rl')
 
 # What a resumed run may change; any other difference makes it another run.
 MAY_CHANGE = re.compile(
-    r'(pretrain|sft|rl)\.(steps|microbatches)|(checkpoint|eval|log)\.every|report|mesh\.\w+')
+    r'(pretrain|sft|rl)\.(steps|microbatches)|(checkpoint|eval|log)\.every|report|export|mesh\.\w+')
 
 ABSENT = '(absent)'
 
@@ -350,7 +351,7 @@ def model_config(model: Tracked | ConfigDict, vocab_size: int) -> ModelConfig:
                      f'fewer than the {vocab_size} ids of the tokenizer')
   fields['vocab_size'] = fields['vocab_size'] or vocab_size
   fields['rules'] = tuple((axis, fields['rules'][axis]) for axis, _ in RULES)
-  return ModelConfig(**fields | {'gdn': GDN(**fields['gdn']), 'moe': MoE(**fields['moe'])})
+  return model_lib.from_dict(fields)
 
 
 def to_json(config: ConfigDict) -> str:

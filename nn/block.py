@@ -1,5 +1,7 @@
 """A layer: x + mixer(norm(x)), then x + ffn(norm(x)). B rows, T positions, D model width.
 
+With model.post_norms what mixer and FFN return is normalised, too.
+
 A mixer is a module with specs, apply, init_cache, prefill, step and flops, see `nn/attention.py`;
 an FFN is a module with specs, apply and flops, see `nn/mlp.py`; one that chooses also takes routes,
 see `moe/layer.py`. A new one is one file and one entry here.
@@ -9,10 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from moe import layer as moe
-from nn import attention, cache, gdn, mlp, norm, param
+from nn import attention, cache, gdn, local, mlp, norm, param
 from nn.config import ModelConfig
 
-MIXERS = {'attention': attention, 'gdn': gdn}
+MIXERS = {'attention': attention, 'local': local, 'gdn': gdn}
 FFNS = {'mlp': mlp, 'moe': moe}
 
 Names = tuple[str, str]                # of the mixer and of the FFN
@@ -23,9 +25,10 @@ def specs(cfg: ModelConfig, names: Names) -> dict:
   for kind, name, known in (('mixer', mixer, MIXERS), ('FFN', ffn, FFNS)):
     if name not in known:
       raise ValueError(f'unknown {kind} {name!r}; known are {sorted(known)}')
-  width = norm.specs(cfg.embed_dim, 'embed')
-  return {'mixer_norm': width, 'mixer': MIXERS[mixer].specs(cfg),
-          'ffn_norm': width, 'ffn': FFNS[ffn].specs(cfg)}
+  width = norm.specs(cfg, cfg.embed_dim, 'embed')
+  table = {'mixer_norm': width, 'mixer': MIXERS[mixer].specs(cfg),
+           'ffn_norm': width, 'ffn': FFNS[ffn].specs(cfg)}
+  return table | ({'mixer_post_norm': width, 'ffn_post_norm': width} if cfg.post_norms else {})
 
 
 def apply(
@@ -38,8 +41,8 @@ def apply(
     routes: the choice it is to repeat, see `moe/layer.py`.
   """
   y = MIXERS[names[0]].apply(
-      params['mixer'], cfg, _norm(params, 'mixer', cfg, x), positions, segments)
-  return _feed_forward(params, cfg, names, x + y, segments, routes)
+      params['mixer'], cfg, norm.apply(params['mixer_norm'], cfg, x), positions, segments)
+  return _feed_forward(params, cfg, names, x + _after(params, 'mixer', cfg, y), segments, routes)
 
 
 def init_cache(cfg: ModelConfig, names: Names, num_rows: int, length: int) -> dict:
@@ -53,8 +56,10 @@ def prefill(
 ) -> tuple[jax.Array, dict]:
   """[B, T, D] -> [B, T, D], and the mixer's state after these positions. at: see `nn/cache.py`."""
   y, state = MIXERS[names[0]].prefill(
-      params['mixer'], cfg, _norm(params, 'mixer', cfg, x), positions, segments, state, at)
-  return _feed_forward(params, cfg, names, x + y, segments)[0], state
+      params['mixer'], cfg, norm.apply(params['mixer_norm'], cfg, x), positions, segments, state,
+      at)
+  x = x + _after(params, 'mixer', cfg, y)
+  return _feed_forward(params, cfg, names, x, segments)[0], state
 
 
 def step(
@@ -63,8 +68,9 @@ def step(
 ) -> tuple[jax.Array, dict]:
   """[B, D] -> [B, D], and the mixer's next state."""
   y, state = MIXERS[names[0]].step(
-      params['mixer'], cfg, _norm(params, 'mixer', cfg, x), position, valid, index, state, at)
-  x = (x + y)[:, None]
+      params['mixer'], cfg, norm.apply(params['mixer_norm'], cfg, x), position, valid, index, state,
+      at)
+  x = (x + _after(params, 'mixer', cfg, y))[:, None]
   return _feed_forward(params, cfg, names, x, jnp.ones(x.shape[:2], jnp.int32))[0][:, 0], state
 
 
@@ -73,8 +79,8 @@ def flops(cfg: ModelConfig, names: Names, length: int) -> int:
   return MIXERS[names[0]].flops(cfg, length) + FFNS[names[1]].flops(cfg, length)
 
 
-def _norm(params: dict, which: str, cfg: ModelConfig, x: jax.Array) -> jax.Array:
-  return norm.rms_norm(x, params[f'{which}_norm']['scale'], cfg.norm_eps)
+def _after(params: dict, which: str, cfg: ModelConfig, y: jax.Array) -> jax.Array:
+  return norm.apply(params[f'{which}_post_norm'], cfg, y) if cfg.post_norms else y
 
 
 def _feed_forward(
@@ -83,5 +89,6 @@ def _feed_forward(
 ) -> tuple[jax.Array, dict]:
   replay = () if routes is None else (routes,)
   y, extras = FFNS[names[1]].apply(
-      params['ffn'], cfg, _norm(params, 'ffn', cfg, x), segments, *replay)
-  return param.constrain(x + y, cfg.rules, 'batch', 'time', None), extras
+      params['ffn'], cfg, norm.apply(params['ffn_norm'], cfg, x), segments, *replay)
+  x = x + _after(params, 'ffn', cfg, y)
+  return param.constrain(x, cfg.rules, 'batch', 'time', None), extras

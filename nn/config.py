@@ -1,7 +1,9 @@
 """The model's sizes and choices: static under jit, hashable, without mesh or paths."""
 
 import dataclasses
-from typing import NamedTuple
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 Layer = str | tuple[str, str]          # a mixer, or (mixer, ffn); a bare mixer takes the default FFN
 
@@ -102,6 +104,50 @@ class MoE:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Rope:
+  """How the rotary angles of a longer context are made of those of a shorter one, see `nn/rope.py`."""
+  kind: str = ''                       # linear | llama3 | yarn; '': they stay as they are
+  factor: float = 1.0                  # the context is that many times as long
+  length: int = 0                      # llama3, yarn: tokens of the shorter one
+  slow: float = 1.0                    # llama3, yarn: angles that turn less often in it are divided by factor,
+  fast: float = 0.0                    # those that turn more often stay; 0: 4 for llama3, 32 for yarn
+  truncate: bool = True                # yarn: the borders between them are whole dimensions
+  gain: float = 0.0                    # yarn: of the turned q and k; 0: by factor and the next two
+  mscale: float = 0.0                  # yarn: weight of the logarithm of factor in the gain, and
+  mscale_all_dim: float = 0.0          # the weight in what it is divided by; 0 in one of them: 1, by nothing
+
+  def __post_init__(self):
+    kinds = ('', 'linear', 'llama3', 'yarn')
+    if self.kind not in kinds:
+      raise ValueError(f'model.rope.kind is {self.kind!r}, wanted one of {", ".join(kinds[1:])}, or none')
+    if not self.kind and any(getattr(self, f.name) != f.default for f in dataclasses.fields(self)):
+      raise ValueError('model.rope is set and model.rope.kind is not: nothing would be scaled')
+    if self.factor <= 0:
+      raise ValueError(f'model.rope.factor is {self.factor}, wanted more than 0')
+    if self.kind in ('llama3', 'yarn') and self.length < 1:
+      raise ValueError(f'model.rope.length is {self.length}; {self.kind} needs the length before the extension')
+    if self.kind in ('llama3', 'yarn') and not 0 < self.slow < self.turns:
+      raise ValueError(f'model.rope.slow is {self.slow}, wanted between 0 and model.rope.fast, {self.turns}')
+    for name in ('gain', 'mscale', 'mscale_all_dim'):
+      if getattr(self, name) < 0:
+        raise ValueError(f'model.rope.{name} is {getattr(self, name)}, wanted at least 0')
+
+  @property
+  def turns(self) -> float:
+    """`fast`, not 0."""
+    return self.fast or {'llama3': 4.0, 'yarn': 32.0}.get(self.kind, 0.0)
+
+  @property
+  def attention_gain(self) -> float:
+    """What turned queries and keys are multiplied by (arXiv:2309.00071, section 3.4)."""
+    if self.kind != 'yarn':
+      return 1.0
+    one = lambda weight: max(1.0, 0.1 * weight * math.log(self.factor) + 1)
+    both = self.mscale and self.mscale_all_dim
+    return self.gain or (one(self.mscale) / one(self.mscale_all_dim) if both else one(1.0))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
   """A decoder: `head` layers, then `pattern` x `repeats` under one scan, then `tail` layers."""
   vocab_size: int
@@ -119,8 +165,19 @@ class ModelConfig:
   max_length: int = 2048               # tokens of a row: longer rows are refused
   gdn: GDN = GDN()                     # of the mixer 'gdn'
   rope_theta: float = 10_000.0         # base of the rotary angles; 0: attention without positions
+  rope_share: float = 1.0              # of a head's elements that are turned, the first ones
+  rope: Rope = Rope()                  # for contexts longer than those of pretraining
+  window: int = 0                      # tokens that the mixer 'local' sees, the token itself included
+  local_theta: float = 10_000.0        # base of its rotary angles, which `rope` leaves as they are; 0: no positions
   qk_norm: bool = False
+  attention_bias: tuple[str, ...] = () # projections of attention with a bias: of q, k, v, gate, o
+  attention_gate: bool = False         # heads times sigmoid(gate(x)), before the last projection
+  query_scalar: int = 0                # attention scores are divided by its root; 0: head_dim
   norm_eps: float = 1e-6
+  unit_offset: bool = False            # norms of q, k and layers multiply by 1 + their parameter
+  post_norms: bool = False             # of what mixer and FFN return, too
+  activation: str = 'silu'             # of the FFN 'mlp': silu or gelu_tanh
+  scale_embed: bool = False            # embeddings times the root of embed_dim
   tied: bool = True                    # the unembedding is the embedding table
   dtype: str = 'float32'               # of matmuls and activations; parameters are float32
   remat: str = 'none'                  # none | full | dots: what the backward pass recomputes
@@ -137,8 +194,20 @@ class ModelConfig:
       raise ValueError(f'model.num_heads {self.num_heads} is not a multiple of model.num_kv_heads {self.num_kv_heads}')
     if self.head_dim % 2 and self.rope_theta:
       raise ValueError(f'model.head_dim is {self.head_dim}; rotary embedding needs an even size')
-    if self.rope_theta < 0:
-      raise ValueError(f'model.rope_theta is {self.rope_theta}, wanted a base, or 0 for no positions')
+    if not 0 < self.rope_share <= 1 or int(self.head_dim * self.rope_share) % 2 and self.rope_theta:
+      raise ValueError(f'model.rope_share is {self.rope_share}; of model.head_dim {self.head_dim}, an even number of '
+                       'elements is turned, or all')
+    for name in ('rope_theta', 'local_theta'):
+      if getattr(self, name) < 0:
+        raise ValueError(f'model.{name} is {getattr(self, name)}, wanted a base, or 0 for no positions')
+    for name in ('window', 'query_scalar'):
+      if getattr(self, name) < 0:
+        raise ValueError(f'model.{name} is {getattr(self, name)}, wanted at least 0')
+    if unknown := set(self.attention_bias) - {'q', 'k', 'v', 'o', *(('gate',) if self.attention_gate else ())}:
+      raise ValueError(f'model.attention_bias names {sorted(unknown)}; projections are q, k, v, o, and gate with '
+                       'model.attention_gate')
+    if self.activation not in ('silu', 'gelu_tanh'):
+      raise ValueError(f'model.activation is {self.activation!r}, wanted silu or gelu_tanh')
     if self.dtype not in ('float32', 'bfloat16'):
       raise ValueError(f'model.dtype is {self.dtype!r}, wanted float32 or bfloat16')
     if self.remat not in ('none', 'full', 'dots'):
@@ -154,6 +223,14 @@ class ModelConfig:
     elif self.gdn != GDN():
       raise ValueError(f'model.gdn is set, but no layer has the mixer gdn; the layers have {sorted(set(mixers))}')
     ffns = {ffn for _, ffn in self.layers}
+    local = ModelConfig.window, ModelConfig.local_theta
+    if 'local' in mixers and not self.window:
+      raise ValueError("model.window is 0; the mixer 'local' needs the number of tokens it sees")
+    if 'local' not in mixers and (self.window, self.local_theta) != local:
+      raise ValueError('model.window or model.local_theta is set, but no layer has the mixer local; '
+                       f'the layers have {sorted(set(mixers))}')
+    if 'moe' in ffns and self.activation != 'silu':
+      raise ValueError(f'model.activation is {self.activation!r}; experts have silu')
     if 'moe' not in ffns and self.moe != MoE():
       raise ValueError(f'model.moe is set, but no layer has the FFN moe; the layers have {sorted(ffns)}')
 
@@ -178,6 +255,43 @@ class ModelConfig:
     """Every layer as (mixer, ffn), in the order of the model; a layer's name is its index here."""
     entries = (*self.head, *(self.pattern * self.repeats), *self.tail)
     return tuple(pair(entry, self.ffn) for entry in entries)
+
+
+PARTS = {'gdn': GDN, 'moe': MoE, 'rope': Rope}     # fields of ModelConfig that have fields
+
+
+def from_dict(fields: Mapping[str, Any]) -> ModelConfig:
+  """The config of nested plain values, as JSON has them: what `dataclasses.asdict` gives."""
+  tuples = lambda x: tuple(map(tuples, x)) if isinstance(x, list | tuple) else x
+  fields = {name: tuples(x) for name, x in fields.items()}
+  return ModelConfig(**fields | {name: kind(**fields[name]) for name, kind in PARTS.items() if name in fields})
+
+
+# What a run chooses without becoming another model.
+RUN_FIELDS = {
+    '': ('max_length', 'dtype', 'remat', 'unroll', 'attention', 'score_chunk', 'rules'),
+    'gdn': ('implementation', 'chunk'),
+    'moe': ('balance_loss', 'z_loss', 'bias_rate', 'matmul', 'dispatch')}
+
+
+def architecture(cfg: ModelConfig) -> dict[str, Any]:
+  """{field: value} of what makes up the function, in one form for all configs that mean the same."""
+  fields = dataclasses.asdict(cfg)
+  mixers, ffns = ({names[i] for names in cfg.layers} for i in (0, 1))
+  fields['layers'] = cfg.layers
+  fields['query_scalar'] = cfg.query_scalar or cfg.head_dim
+  fields['attention_bias'] = sorted(cfg.attention_bias)
+  fields['rope'] |= {'fast': cfg.rope.turns, 'gain': cfg.rope.attention_gain}
+  fields['gdn'] |= cfg.gdn_sizes._asdict()
+  fields['moe']['ffw_dim'] = cfg.moe.ffw_dim or cfg.ffw_dim // cfg.moe.top_k
+  unused = {'head', 'pattern', 'repeats', 'tail', 'ffn', *RUN_FIELDS['']}
+  unused |= {'gdn'} - mixers | {'moe'} - ffns
+  unused |= {'ffw_dim'} if 'mlp' not in ffns else set()
+  unused |= {'rope_theta'} if mixers == {'local'} else set()
+  unused |= {f'{part}.{name}' for part in PARTS for name in RUN_FIELDS.get(part, ())}
+  kept = {name: x for name, x in fields.items() if name not in unused}
+  inner = {f'{part}.{name}': x for part in PARTS if part in kept for name, x in kept.pop(part).items()}
+  return kept | {name: x for name, x in inner.items() if name not in unused}
 
 
 class GDNSizes(NamedTuple):

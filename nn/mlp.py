@@ -1,7 +1,9 @@
-"""The dense feed-forward layer, SwiGLU (arXiv:2002.05202).
+"""The dense feed-forward layer, gated by SiLU or GELU (arXiv:2002.05202).
 
 B rows, T positions, D model width, F inner width.
 """
+
+import functools
 
 import jax
 
@@ -9,6 +11,8 @@ from nn import param
 from nn.config import ModelConfig
 from nn.linear import linear
 from nn.param import Spec
+
+ACTIVATIONS = {'silu': jax.nn.silu, 'gelu_tanh': functools.partial(jax.nn.gelu, approximate=True)}
 
 
 def specs(cfg: ModelConfig) -> dict[str, Spec]:
@@ -24,7 +28,7 @@ def specs(cfg: ModelConfig) -> dict[str, Spec]:
 def apply(
     params: dict, cfg: ModelConfig, x: jax.Array, segments: jax.Array,
 ) -> tuple[jax.Array, dict]:
-  """down(silu(gate(x)) * up(x)).
+  """down(act(gate(x)) * up(x)).
 
   Args:
     x: [B, T, D] in the compute dtype.
@@ -33,7 +37,7 @@ def apply(
     [B, T, D], and {}: nothing else to report.
   """
   del segments
-  inner = jax.nn.silu(linear(x, params['gate'])) * linear(x, params['up'])
+  inner = ACTIVATIONS[cfg.activation](linear(x, params['gate'])) * linear(x, params['up'])
   inner = param.constrain(inner, cfg.rules, 'batch', 'time', 'ffw')
   return linear(inner, params['down']), {}
 

@@ -6,6 +6,7 @@ layers.
 """
 
 import functools
+import math
 from collections.abc import Mapping
 
 import jax
@@ -25,7 +26,7 @@ def specs(cfg: ModelConfig) -> dict:
   for part, layers in _parts(cfg).items():
     layer = {name: block.specs(cfg, names) for name, names in layers.items()}
     table[part] = param.stack(layer, cfg.repeats) if part == 'blocks' else layer
-  table['norm'] = norm.specs(cfg.embed_dim, 'embed')
+  table['norm'] = norm.specs(cfg, cfg.embed_dim, 'embed')
   if not cfg.tied:
     sizes = {'vocab': cfg.vocab_size, 'embed': cfg.embed_dim}
     table['unembed'] = {'table': param.matrix(sizes, ('vocab', 'embed'), contract=('embed',))}
@@ -180,11 +181,13 @@ def _parts(cfg: ModelConfig) -> dict[str, dict[str, block.Names]]:
 
 def _embed(params: dict, cfg: ModelConfig, tokens: jax.Array) -> jax.Array:
   x = jnp.take(params['embed']['table'], tokens, axis=0).astype(cfg.dtype)
+  if cfg.scale_embed:                  # by a root rounded like everything else
+    x = x * jnp.asarray(math.sqrt(cfg.embed_dim), cfg.dtype)
   return param.constrain(x, cfg.rules, 'batch', *('time',) * (tokens.ndim - 1), None)
 
 
 def _final_norm(params: dict, cfg: ModelConfig, x: jax.Array) -> jax.Array:
-  return norm.rms_norm(x, params['norm']['scale'], cfg.norm_eps)
+  return norm.apply(params['norm'], cfg, x)
 
 
 def _states(cfg: ModelConfig, make) -> dict:
@@ -207,6 +210,15 @@ def _by_layer(cfg: ModelConfig) -> list[tuple[tuple[str, str], tuple[int, ...]]]
       entries.append(((part, name), tuple(
           begin + r * period for r in range(cfg.repeats if part == 'blocks' else 1))))
   return entries
+
+
+def places(cfg: ModelConfig) -> list[tuple[str, tuple[int, ...]]]:
+  """Where every layer's parameters are: path in the table, and index in its stacked arrays."""
+  found = {}
+  for (part, name), indices in _by_layer(cfg):
+    for r, i in enumerate(indices):
+      found[i] = f'{part}/{name}', (r,) if part == 'blocks' else ()
+  return [found[i] for i in range(len(cfg.layers))]
 
 
 def _replays(cfg: ModelConfig, routes: Mapping[int, jax.Array], shape: tuple[int, int]) -> dict:

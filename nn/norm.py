@@ -4,11 +4,18 @@ import jax
 import jax.numpy as jnp
 
 from nn import param
+from nn.config import ModelConfig
 from nn.param import Spec
 
 
-def specs(size: int, axis: str) -> dict[str, Spec]:
-  return {'scale': Spec((size,), (axis,), param.ones)}
+def specs(cfg: ModelConfig, size: int, axis: str) -> dict[str, Spec]:
+  return {'scale': Spec((size,), (axis,), param.zeros if cfg.unit_offset else param.ones)}
+
+
+def apply(params: dict, cfg: ModelConfig, x: jax.Array) -> jax.Array:
+  """`rms_norm` with the model's settings: [..., D] -> [..., D]."""
+  scale = params['scale'].astype(jnp.float32)
+  return rms_norm(x, 1 + scale if cfg.unit_offset else scale, cfg.norm_eps)
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:

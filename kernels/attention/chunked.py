@@ -21,6 +21,7 @@ LONG_BLOCK = 64                        # positions of a block in a long row; bot
 
 def attention(
     q: jax.Array, k: jax.Array, v: jax.Array, *, segments: jax.Array, scale: float,
+    window: int = 0,
 ) -> jax.Array:
   """As `reference.attention`. No [B, H, T, T] array exists for rows longer than SHORT."""
   num_rows, length, num_groups, head_dim = k.shape
@@ -28,25 +29,29 @@ def attention(
   q = (q * scale).astype(q.dtype).reshape(
       num_rows, length, num_groups, -1, head_dim).transpose(0, 2, 3, 1, 4)
   k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-  out = (short if length <= SHORT else long)(q, k, v, segments)
+  out = (short if length <= SHORT else long)(q, k, v, segments, window)
   return out.transpose(0, 3, 1, 2, 4).reshape(num_rows, length, -1, head_dim)
 
 
-def short(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
+def short(
+    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, window: int,
+) -> jax.Array:
   """Every block of queries against all keys before its end.
 
   [B, G, R, T, K], 2 x [B, G, T, K], [B, T] -> [B, G, R, T, K].
   """
   length = k.shape[2]
   return jnp.concatenate([
-      _rows(q[:, :, :, begin:end], k[:, :, :end], v[:, :, :end], segments[:, :end], begin)
+      _rows(q[:, :, :, begin:end], k[:, :, :end], v[:, :, :end], segments[:, :end], begin, window)
       for begin in range(0, length, BLOCK) for end in (min(begin + BLOCK, length),)], axis=3)
 
 
-def _rows(q, k, v, segments, begin):
+def _rows(q, k, v, segments, begin, window):
   num_rows, num_groups, ratio, num_queries, head_dim = q.shape
   time = jnp.arange(k.shape[2])
   seen = (time[begin:, None] >= time) & (segments[:, begin:, None] == segments[:, None, :])
+  if window:
+    seen &= time[begin:, None] - time < window
   seen = jnp.tile(seen, (1, ratio, 1))[:, None]                # [B, 1, R C, end]
   scores = jnp.einsum('bgqk,bgsk->bgqs', q.reshape(num_rows, num_groups, -1, head_dim), k,
                       preferred_element_type=jnp.float32)
@@ -59,8 +64,10 @@ def _rows(q, k, v, segments, begin):
   return (sums.reshape(q.shape) * jnp.where(real, 1 / total, 0)[..., None]).astype(q.dtype)
 
 
-def long(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
-  """`short`, with online softmax (arXiv:1805.02867) over blocks of keys.
+def long(
+    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, window: int,
+) -> jax.Array:
+  """`short`, with online softmax (arXiv:1805.02867) over the blocks of keys that are seen.
 
   Weights are computed again backward.
   """
@@ -74,35 +81,43 @@ def long(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.A
 
   num_rows, num_groups, ratio, _, head_dim = q.shape
   q = blocks(q, 3).reshape(-1, num_rows, num_groups, ratio * LONG_BLOCK, head_dim)
-  out = _blockwise(q, blocks(k, 2), blocks(v, 2), blocks(segments, 1))
+  out = _blockwise(window, q, blocks(k, 2), blocks(v, 2), blocks(segments, 1))
   out = out.reshape(-1, num_rows, num_groups, ratio, LONG_BLOCK, head_dim)
   return jnp.moveaxis(out, 0, 3).reshape(
       num_rows, num_groups, ratio, -1, head_dim)[:, :, :, :length]
 
 
-@jax.custom_vjp
-def _blockwise(q, k, v, segments):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _blockwise(window, q, k, v, segments):
   """[N, B, G, R C, K], 2 x [N, B, G, C, K], [N, B, C] -> [N, B, G, R C, K]."""
-  return _blockwise_forward(q, k, v, segments)[0]
+  return _blockwise_forward(window, q, k, v, segments)[0]
 
 
-def _scores(q, k, query_segments, key_segments, later):
-  """[B, G, R C, C] float32. later: the queries' block is after the keys'; else it is the same."""
+def _first(window, size, i):
+  """The first block of keys that block i of the queries sees."""
+  return jnp.maximum(i - (window + size - 2) // size, 0) if window else 0
+
+
+def _scores(window, q, k, query_segments, key_segments, after):
+  """[B, G, R C, C] float32. after: how many blocks the queries' is after the keys'."""
   size = k.shape[2]
-  seen = ((later | jnp.tri(size, dtype=bool))
+  seen = (((after > 0) | jnp.tri(size, dtype=bool))
           & (query_segments[:, :, None] == key_segments[:, None, :]))
+  if window:
+    time = jnp.arange(size)
+    seen &= after * size + time[:, None] - time < window
   seen = jnp.tile(seen, (1, q.shape[2] // size, 1))[:, None]
   scores = jnp.einsum('bgqk,bgsk->bgqs', q, k, preferred_element_type=jnp.float32)
   return jnp.where(seen, scores, FAR)
 
 
-def _blockwise_forward(q, k, v, segments):
+def _blockwise_forward(window, q, k, v, segments):
   def rows(i):
     qi, si = q[i], segments[i]
 
-    def add(later, j, carry):
+    def add(j, carry):
       top, total, sums = carry
-      scores = _scores(qi, k[j], si, segments[j], later)
+      scores = _scores(window, qi, k[j], si, segments[j], i - j)
       new_top = jnp.maximum(top, jnp.max(scores, axis=-1, keepdims=True))
       weights = jnp.exp(scores - new_top)
       fade = jnp.exp(top - new_top)
@@ -112,8 +127,9 @@ def _blockwise_forward(q, k, v, segments):
 
     # The diagonal first: every position sees itself, so that `top` is a real score from then on.
     zero = jnp.zeros(qi.shape, jnp.float32)
-    carry = add(False, i, (jnp.full_like(zero[..., :1], FAR), zero[..., :1], zero))
-    top, total, sums = jax.lax.fori_loop(0, i, functools.partial(add, True), carry)
+    carry = add(i, (jnp.full_like(zero[..., :1], FAR), zero[..., :1], zero))
+    first = _first(window, si.shape[1], i)
+    top, total, sums = jax.lax.fori_loop(first, i, add, carry)
     real = jnp.tile(si != 0, (1, qi.shape[2] // si.shape[1]))[:, None, :, None]
     out = (sums * jnp.where(real, 1 / total, 0)).astype(q.dtype)
     # exp(score - (-FAR)) is 0: no gradient from padding.
@@ -123,7 +139,7 @@ def _blockwise_forward(q, k, v, segments):
   return out, (q, k, v, segments, out, normaliser)
 
 
-def _blockwise_backward(residuals, grad):
+def _blockwise_backward(window, residuals, grad):
   q, k, v, segments, out, normaliser = residuals
 
   def rows(carry, i):
@@ -132,7 +148,7 @@ def _blockwise_backward(residuals, grad):
 
     def add(j, carry):
       dq, dk, dv = carry
-      weights = jnp.exp(_scores(qi, k[j], si, segments[j], j < i) - normaliser[i])
+      weights = jnp.exp(_scores(window, qi, k[j], si, segments[j], i - j) - normaliser[i])
       dweights = jnp.einsum('bgqk,bgsk->bgqs', gi, v[j], preferred_element_type=jnp.float32)
       dscores = (weights * (dweights - drift)).astype(q.dtype)
       product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
@@ -140,7 +156,8 @@ def _blockwise_backward(residuals, grad):
               dk.at[j].add(product('bgqs,bgqk->bgsk', dscores, qi)),
               dv.at[j].add(product('bgqs,bgqk->bgsk', weights.astype(q.dtype), gi)))
 
-    dq, dk, dv = jax.lax.fori_loop(0, i + 1, add, (jnp.zeros(qi.shape, jnp.float32), *carry))
+    first = _first(window, si.shape[1], i)
+    dq, dk, dv = jax.lax.fori_loop(first, i + 1, add, (jnp.zeros(qi.shape, jnp.float32), *carry))
     return (dk, dv), dq.astype(q.dtype)
 
   zeros = jnp.zeros(k.shape, jnp.float32)

@@ -23,6 +23,7 @@ KERNEL_PLATFORM = {'splash': 'tpu', 'gpu': 'gpu'}              # the others run 
 # compile.
 AUTO = {'cpu': 'chunked', 'tpu': 'splash', 'gpu': 'gpu'}
 SHORTEST, WIDEST = 128, 256            # positions, head size
+WINDOWED = ('reference', 'chunked', 'splash')      # the GPU's kernel sees whole segments only
 
 
 class Axes(NamedTuple):
@@ -38,16 +39,17 @@ def platform() -> str:
   return device.platform if device else jax.default_backend()
 
 
-def choose(on: str, length: int, head_dim: int) -> str:
+def choose(on: str, length: int, head_dim: int, window: int = 0) -> str:
   """The implementation that 'auto' stands for on platform `on`, at T positions and head size K."""
   if on not in AUTO:
     raise ValueError(f'no attention for platform {on!r}; known are {sorted(AUTO)}')
-  return 'chunked' if length < SHORTEST or head_dim > WIDEST else AUTO[on]
+  plain = length < SHORTEST or head_dim > WIDEST or (window and AUTO[on] not in WINDOWED)
+  return 'chunked' if plain else AUTO[on]
 
 
 def attention(
     q: jax.Array, k: jax.Array, v: jax.Array, *, segments: jax.Array, scale: float | None = None,
-    implementation: str = 'auto', axes: Axes = Axes(),
+    window: int = 0, implementation: str = 'auto', axes: Axes = Axes(),
 ) -> jax.Array:
   """Causal attention within equal non-zero segments; the definition is in `reference`.
 
@@ -56,6 +58,7 @@ def attention(
     k, v: [B, T, G, K]; H is a multiple of G.
     segments: [B, T] int32; 0 is padding, which gives zeros.
     scale: of the scores; K**-0.5 unless given.
+    window: positions that a position sees, itself included; 0: all before it.
     implementation: a name of IMPLEMENTATIONS, or 'auto', see `choose`.
     axes: how the arrays are split over the ambient mesh. A kernel runs on each device's own rows
       and heads.
@@ -73,15 +76,19 @@ def attention(
     raise ValueError(
         f'q {q.shape}, k {k.shape}, v {v.shape}, segments {segments.shape} do not fit together')
   if implementation == 'auto':
-    implementation = choose(platform(), q.shape[1], q.shape[3])
+    implementation = choose(platform(), q.shape[1], q.shape[3], window)
   if implementation not in IMPLEMENTATIONS:
     raise ValueError(
         f'unknown attention {implementation!r}; known are auto, {", ".join(IMPLEMENTATIONS)}')
   home = KERNEL_PLATFORM.get(implementation, platform())
   if platform() != home:
     raise ValueError(f'attention {implementation!r} runs on {home}, not on {platform()}')
+  if window and implementation not in WINDOWED:
+    raise ValueError(f'attention {implementation!r} has no window; take one of {WINDOWED}, or auto')
   scale = q.shape[-1] ** -0.5 if scale is None else scale
   run = functools.partial(IMPLEMENTATIONS[implementation], scale=scale)
+  if window:
+    run = functools.partial(run, window=window)
   if implementation in KERNEL_PLATFORM:
     return per_device(run, q, k, v, segments, axes)
   return run(q, k, v, segments=segments)

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 
 def attention(
     q: jax.Array, k: jax.Array, v: jax.Array, *, segments: jax.Array, scale: float,
+    window: int = 0,
 ) -> jax.Array:
   """out[t, h] = sum_s p[s] v[s, g], p = softmax_s(scale q[t, h] . k[s, g]), g = h // (H / G).
 
-  Both are over s <= t of t's segment.
+  Both are over s <= t of t's segment; with a window only over its last positions, t - s < window.
 
   Args:
     q: [B, T, H, K].
@@ -26,6 +27,8 @@ def attention(
   time = jnp.arange(q.shape[1])
   seen = ((time[:, None] >= time) & (segments[:, :, None] == segments[:, None, :])
           & (segments != 0)[:, :, None])
+  if window:
+    seen &= time[:, None] - time < window
   q = q.reshape(*q.shape[:2], num_groups, -1, q.shape[3])
   scores = scale * jnp.einsum('btgrk,bsgk->bgrts', q, k, preferred_element_type=jnp.float32)
   weights = jax.nn.softmax(

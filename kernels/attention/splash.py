@@ -2,7 +2,7 @@
 
 B rows, T positions, H query heads, G key/value heads, K head size.
 
-The kernel skips blocks of keys that lie ahead, reads each key head once for the queries that share
+The kernel skips blocks of keys that lie ahead or before the window, reads each key head once for the queries that share
 it, and recomputes the weights backward. It wants whole blocks of positions: rows are padded with
 segment 0.
 """
@@ -18,7 +18,7 @@ BLOCK = 512                            # the largest: more no longer pays, and s
 
 def attention(
     q: jax.Array, k: jax.Array, v: jax.Array, *, segments: jax.Array, scale: float,
-    interpret: bool = False,
+    window: int = 0, interpret: bool = False,
 ) -> jax.Array:
   """As `reference.attention`. interpret: run the kernel's program by XLA, on any platform."""
   length, num_heads = q.shape[1:3]
@@ -26,8 +26,10 @@ def attention(
   size = min(length + pad, BLOCK)
   to_blocks = lambda x: jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, pad), (0, 0)))
   ids = jnp.pad(segments, ((0, 0), (0, pad)))
-  mask = masks.MultiHeadMask(
-      [masks.CausalMask((length + pad, length + pad)) for _ in range(num_heads)])
+  shape = (length + pad, length + pad)
+  seen = lambda: (
+      masks.LocalMask(shape, (window - 1, 0), offset=0) if window else masks.CausalMask(shape))
+  mask = masks.MultiHeadMask([seen() for _ in range(num_heads)])
   sizes = splash.BlockSizes(
       block_q=size, block_kv=size, block_q_dkv=size, block_kv_dkv=size, block_q_dq=size,
       block_kv_dq=size)

@@ -91,6 +91,30 @@ def test_implementation_matches_reference_in_output_and_gradients(name, length):
   assert_same(actual, expected, 1e-5)   # sums of up to 192 float32 products of size 1
 
 
+@pytest.mark.parametrize('name, length, window', [
+    ('chunked', 40, 1), ('chunked', 40, 11), ('chunked', 200, 1), ('chunked', 200, 2),
+    ('chunked', 200, 65), ('chunked', 200, 66), ('chunked', 200, 130), ('splash', 200, 66),
+])
+def test_a_window_matches_reference_in_output_and_gradients(name, length, window):
+  *arrays, grad = inputs(length, heads=2, groups=1)
+  segments = layouts(length)
+  run = lambda attend: pull(
+      functools.partial(attend, scale=0.3, window=window), *arrays, grad, segments)
+  assert_same(run(IMPLEMENTATIONS[name]), run(reference.attention), 2e-5)
+
+
+def test_reference_sees_the_window_and_nothing_else():
+  length, window = 9, 4
+  *arrays, _ = inputs(length)
+  segments = layouts(length)
+  out = reference.attention(*arrays, segments=segments, scale=0.3, window=window)
+  for t in range(length):
+    first = max(0, t - window + 1)
+    cut = [a[:, first:t + 1] for a in (*arrays, segments)]
+    expected = reference.attention(*cut[:3], segments=cut[3], scale=0.3)[:, -1]
+    np.testing.assert_allclose(out[:, t], expected, atol=1e-6)
+
+
 @pytest.mark.parametrize('heads, groups', [(6, 6), (3, 1)])
 @pytest.mark.parametrize('name', IMPLEMENTATIONS)
 def test_any_ratio_of_query_heads_to_key_heads(name, heads, groups):

@@ -1,0 +1,85 @@
+"""Public checkpoints: names, layouts and configs. Files are launch's."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from nn.config import ModelConfig, architecture, from_dict
+from nn.hf import llama
+from nn.hf.keys import Keys
+from nn.hf.table import Family, Piece, pieces, plan, read, write
+
+FAMILIES = {f.model_type: f for f in (
+    llama.LLAMA, llama.QWEN2, llama.QWEN3, llama.QWEN3_MOE, llama.MIXTRAL, llama.GEMMA3)}
+
+__all__ = ['FAMILIES', 'Family', 'Piece', 'choose', 'family_of', 'model_config', 'pieces', 'plan',
+           'public_config', 'read', 'write']
+
+
+def family_of(config: Mapping[str, Any]) -> Family:
+  """The family of a config.json."""
+  name = config.get('model_type')
+  if name not in FAMILIES:
+    raise ValueError(f'config.json: model_type is {name!r}; known are {", ".join(FAMILIES)}')
+  return FAMILIES[name]
+
+
+def model_config(config: Mapping[str, Any]) -> ModelConfig:
+  """The model that a config.json describes.
+
+  Raises:
+    ValueError: names keys that are missing, or that say what our model does not do.
+  """
+  if config.get('quantization_config'):
+    raise ValueError('config.json has a quantization_config; only whole floats are read')
+  family = family_of(config)
+  keys = Keys(config, family.defaults)
+  fields = family.read(keys)
+  keys.finish()
+  return from_dict(fields)
+
+
+def public_config(
+    family: Family, cfg: ModelConfig, original: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+  """The config.json of a model.
+
+  Args:
+    original: the one it came with; kept as it is where it still describes the model, and otherwise
+      whatever of it has nothing to do with the function.
+
+  Raises:
+    ValueError: names what the family cannot say of the model.
+  """
+  if original and not differences(model_config(original), cfg):
+    return dict(original)
+  new = {'architectures': [family.architecture], 'model_type': family.model_type,
+         **family.write(cfg)}
+  if lost := differences(model_config(new), cfg):
+    listed = '; '.join(f'model.{name} is {mine!r}, not {theirs!r}' for name, theirs, mine in lost)
+    raise ValueError(f'a model of type {family.model_type} cannot say that {listed}')
+  kept = ('bos_token_id', 'eos_token_id', 'pad_token_id', 'initializer_range')
+  return {**{k: v for k, v in (original or {}).items() if k in kept}, **new}
+
+
+def choose(cfg: ModelConfig) -> Family:
+  """The first family that can say what a model is.
+
+  Raises:
+    ValueError: there is none; says what keeps each from it.
+  """
+  reasons = []
+  for family in FAMILIES.values():
+    try:
+      public_config(family, cfg)
+      pieces(family, cfg)
+      return family
+    except ValueError as error:
+      reasons.append(str(error))
+  raise ValueError('no public model is like this one: ' + '; '.join(reasons))
+
+
+def differences(a: ModelConfig, b: ModelConfig) -> list[tuple[str, Any, Any]]:
+  """(field, in a, in b) where two configs describe different functions."""
+  a, b = architecture(a), architecture(b)
+  return [(name, a.get(name), b.get(name)) for name in sorted(a.keys() | b.keys())
+          if a.get(name) != b.get(name)]
