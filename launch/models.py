@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from configs import base
 from data import tokenizer as tokenizer_lib
-from launch import checkpoint, hf_files
+from launch import checkpoint, growth, hf_files
 from launch import config as config_lib
 from nn.config import PARTS, RUN_FIELDS, ModelConfig, from_dict
 
@@ -45,7 +45,7 @@ def describe(path: str | Path) -> Known:
                      'folder of a run, of launch/convert.py, or of Hugging Face')
   config = config_lib.from_json(json.dumps(meta['config']))
   size = tokenizer_lib.load(config.tokenizer).vocab_size
-  return Known(config_lib.model_config(config.model, size), config.tokenizer, origin)
+  return Known(growth.model_at(config, size, meta['step']), config.tokenizer, origin)
 
 
 def adopt(config: ConfigDict, explicit: Sequence[str]) -> None:

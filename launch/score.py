@@ -52,7 +52,7 @@ def main(arguments: list[str]) -> int:
 
 def parse(arguments: list[str]):
   p = cli.parser(__doc__)
-  p.add_argument('--model', required=True, help='folder of a run, or of one of its steps')
+  p.add_argument('--model', required=True, help='a run, one of its steps, or a Hugging Face folder')
   p.add_argument('--step', type=int, help='of the checkpoint; the newest if not given')
   p.add_argument('--input', required=True, help='file of rows, or a glob')
   p.add_argument('--output', required=True, help='file to write; it appears when it is complete')
