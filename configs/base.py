@@ -31,6 +31,8 @@ def get_config() -> ConfigDict:
   c.tokenizer = 'bytes'                # or a tokenizer.json, its folder, a SentencePiece *.model
   c.phases = ('pretrain',)             # in this order: pretrain, sft, rl
   c.init = ''                          # checkpoint whose parameters the first phase starts from
+  c.model_from = ''                    # checkpoint whose model this is; '': c.model alone says it
+  c.export = ''                        # folder for the model at the end, as transformers reads it
   c.streams = 1                        # sub-streams of the data; a multiple of the processes
   c.report = True                      # write report.html at the end
 

@@ -85,11 +85,11 @@ def build_reference(run: Any, c: Any, method: Method) -> Callable:
   path, folder = c.reference, run.workdir / 'reference'
   abstract = param.abstract(run.specs, run.shardings)
   if path:
-    checkpoint.check_params(path, abstract)
+    checkpoint.check_params(path, abstract, run.cfg)
 
   def enter(params, begins):
     if begins:
-      chosen = checkpoint.load_params(path, abstract) if path else params
+      chosen = checkpoint.load_params(path, abstract, run.cfg) if path else params
       replace_params(folder, chosen, path or 'the policy at the start of the RL phase')
     # Read back: the policy's own arrays are donated to the next train step.
     run.weights['reference'] = checkpoint.load_params(folder, abstract)
