@@ -19,12 +19,12 @@ __all__ = ['FAMILIES', 'Family', 'Piece', 'choose', 'family_of', 'model_config',
 
 def family_of(config: Mapping[str, Any]) -> Family:
   """The family of a config.json."""
-  name = config.get('model_type')
+  name = _text(config).get('model_type')
   if name == own.MODEL_TYPE:
     return own.of_config(config)
   if name not in FAMILIES:
     raise ValueError(f'config.json: model_type is {name!r}; known are {", ".join(FAMILIES)}, '
-                     f'{own.MODEL_TYPE}')
+                     f'{", ".join(hybrid.WITH_TEXT)}, {own.MODEL_TYPE}')
   return FAMILIES[name]
 
 
@@ -37,7 +37,7 @@ def model_config(config: Mapping[str, Any]) -> ModelConfig:
   if config.get('quantization_config'):
     raise ValueError('config.json has a quantization_config; only whole floats are read')
   family = family_of(config)
-  keys = Keys(config, family.defaults)
+  keys = Keys(_text(config), family.defaults)
   fields = family.read(keys)
   keys.finish()
   return from_dict(fields)
@@ -55,6 +55,7 @@ def public_config(
   Raises:
     ValueError: names what the family cannot say of the model.
   """
+  original = _text(original or {})
   if original and not differences(model_config(original), cfg):
     return dict(original)
   new = {'architectures': [family.architecture], 'model_type': family.model_type,
@@ -63,7 +64,17 @@ def public_config(
     listed = '; '.join(f'model.{name} is {mine!r}, not {theirs!r}' for name, theirs, mine in lost)
     raise ValueError(f'a model of type {family.model_type} cannot say that {listed}')
   kept = ('bos_token_id', 'eos_token_id', 'pad_token_id', 'initializer_range')
-  return {**{k: v for k, v in (original or {}).items() if k in kept}, **new}
+  return {**{k: v for k, v in original.items() if k in kept}, **new}
+
+
+def _text(config: Mapping[str, Any]) -> Mapping[str, Any]:
+  """A config.json, or the part of it that is about text, as the model of that alone has it."""
+  family = hybrid.WITH_TEXT.get(config.get('model_type'))
+  if family is None:
+    return config
+  tied = {k: v for k, v in config.items() if k == 'tie_word_embeddings'}
+  return {**config.get('text_config', {}), **tied, 'model_type': family.model_type,
+          'architectures': [family.architecture]}
 
 
 def choose(cfg: ModelConfig) -> Family:

@@ -1,5 +1,6 @@
 """Stacks with linear attention: Qwen3-Next, Qwen3.5 (text), dense and with experts, Kimi-Linear."""
 
+import dataclasses
 from typing import Any
 
 from nn.config import ModelConfig
@@ -85,6 +86,12 @@ KIMI_ALWAYS = {'attention_bias': False, 'mla_use_nope': True, 'moe_layer_freq': 
                'moe_router_activation_func': 'sigmoid', 'use_grouped_topk': True}
 
 
+def inside(entries: tuple[Entry, ...]) -> tuple[Entry, ...]:
+  """The names that the text part's tensors have in a model that sees."""
+  return tuple(dataclasses.replace(e, name=e.name.replace('model.', 'model.language_model.', 1))
+               for e in entries if e.name.startswith('model.'))
+
+
 def sizes(cfg: ModelConfig) -> dict[str, int | str]:
   """Factors of the layouts above. groups: key heads; ratio: value heads of each."""
   heads, groups, key, value = cfg.gdn_sizes
@@ -98,11 +105,15 @@ def sizes(cfg: ModelConfig) -> dict[str, int | str]:
 def read_qwen(keys: Keys, ffns: list[str]) -> dict[str, Any]:
   """What Qwen3-Next and Qwen3.5 have in common. ffns: of the layers."""
   keys.expect('hidden_act', 'silu')
+  keys.expect('attn_output_gate', True)
+  for name in ('mtp_num_hidden_layers', 'mtp_use_dedicated_embeddings', 'mamba_ssm_dtype'):
+    keys(name, None)                   # of layers after the last; of other engines' states
   interval = keys('full_attention_interval', 4)
   mixers = llama.layer_types(keys, [
       'linear_attention' if (i + 1) % interval else 'full_attention'
       for i in range(len(ffns))], MIXERS)
-  fields = keys_lib.read_sizes(keys) | keys_lib.read_rope(keys, partial=True) | {
+  fields = keys_lib.read_sizes(keys) | keys_lib.read_rope(
+      keys, partial=True, ignored=('mrope_section', 'mrope_interleaved')) | {
       'qk_norm': True, 'unit_offset': True, 'attention_gate': True,
       'attention_bias': ('q', 'k', 'v', 'gate', 'o') if keys('attention_bias') else ()}
   gdn = {
@@ -228,22 +239,25 @@ def write_kimi(cfg: ModelConfig) -> dict[str, Any]:
 
 
 COMMON = {
-    'tie_word_embeddings': False, 'rope_theta': 10_000.0, 'attention_bias': False,
+    'attn_output_gate': True, 'tie_word_embeddings': False, 'rope_theta': 10_000.0, 'attention_bias': False,
     'partial_rotary_factor': 0.25, 'norm_topk_prob': True, 'decoder_sparse_step': 1,
     'linear_conv_kernel_dim': 4, 'head_dim': 256}
 QWEN3_NEXT = Family(
     model_type='qwen3_next', architecture='Qwen3NextForCausalLM', sizes=sizes,
     entries=llama.ENDS + llama.NORMS + GATED_ATTENTION + GDN + GDN_BY_GROUP + llama.MLP + QWEN_EXPERTS,
     fused=llama.FUSED, read=read_qwen3_next, write=write_qwen3_next, defaults=COMMON)
+DENSE = llama.ENDS + llama.NORMS + GATED_ATTENTION + GDN + GDN_APART + llama.MLP
+SPARSE_ONLY = llama.ENDS + llama.NORMS + GATED_ATTENTION + GDN + GDN_APART + QWEN_EXPERTS
 QWEN3_5 = Family(
-    model_type='qwen3_5_text', architecture='Qwen3_5ForCausalLM', sizes=sizes,
-    entries=llama.ENDS + llama.NORMS + GATED_ATTENTION + GDN + GDN_APART + llama.MLP,
-    read=read_qwen3_5, write=write_qwen, defaults=COMMON)
+    model_type='qwen3_5_text', architecture='Qwen3_5ForCausalLM', sizes=sizes, entries=DENSE,
+    fused=inside(DENSE), read=read_qwen3_5, write=write_qwen, defaults=COMMON)
 QWEN3_5_MOE = Family(
     model_type='qwen3_5_moe_text', architecture='Qwen3_5MoeForCausalLM', sizes=sizes,
-    entries=llama.ENDS + llama.NORMS + GATED_ATTENTION + GDN + GDN_APART + QWEN_EXPERTS,
-    fused=llama.FUSED, read=read_qwen3_5_moe, write=write_qwen3_5_moe,
+    entries=SPARSE_ONLY, fused=llama.FUSED + inside(SPARSE_ONLY + llama.FUSED),
+    read=read_qwen3_5_moe, write=write_qwen3_5_moe,
     defaults=COMMON | {'intermediate_size': 1})    # of the dense layers that there are not
+# Models that see, of which only the text is read: tensors of the rest are to be dropped.
+WITH_TEXT = {'qwen3_5': QWEN3_5, 'qwen3_5_moe': QWEN3_5_MOE}
 KIMI_LINEAR = Family(
     model_type='kimi_linear', architecture='KimiLinearForCausalLM', sizes=sizes,
     entries=llama.ENDS + llama.NORMS + latent.MLA + KDA + llama.MLP + KIMI_EXPERTS,

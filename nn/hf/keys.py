@@ -83,18 +83,22 @@ SCALINGS = {
 }
 
 
-def read_rope(keys: Keys, *, kind: str = '', partial: bool = False) -> dict[str, Any]:
+def read_rope(
+    keys: Keys, *, kind: str = '', partial: bool = False, ignored: Sequence[str] = (),
+) -> dict[str, Any]:
   """The fields rope_theta, rope and rope_share.
 
   Args:
     kind: of layers, where config.json has rope_parameters for each.
     partial: the family knows heads of which only a share is turned.
+    ignored: rope_parameters without effect on text.
   """
   found = {'rope_theta': keys('rope_theta', None), **_scaling(keys('rope_scaling', {}))}
   if (share := keys('partial_rotary_factor', None)) is not None:
     found['partial_rotary_factor'] = share
   given = keys('rope_parameters', {})
   found |= _scaling(given.get(kind) or {} if kind and kind in given else given)
+  found = {name: value for name, value in found.items() if name not in ignored}
   return rope_fields(found, keys('max_position_embeddings'), partial)
 
 
