@@ -115,9 +115,9 @@ def compile_child(o):
   from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
   from kernels import fg2_gdn as op
-  from tests import machines
+  from launch import aot
 
-  mesh = Mesh(np.array(machines.devices('H200')), ('row',), axis_types=(AxisType.Auto,))
+  mesh = Mesh(np.array(aot.devices('h200')), ('row',), axis_types=(AxisType.Auto,))
 
   def array(*shape, dtype=jnp.bfloat16):
     shape = (1, 1024, o.heads, *shape)

@@ -19,7 +19,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-sys.path.insert(0, str(ROOT / 'tests'))                # tests/machines.py describes an H200
 
 EXPERTS, TOP_K, WIDTH, INNER, LENGTH = 128, 8, 2048, 768, 4096
 COLLECTIVE = r'\b(all-gather|all-reduce|reduce-scatter|all-to-all|ragged-all-to-all|collective-permute)(?:-start)?\('
@@ -29,17 +28,15 @@ def compiled(target, rows_per_device):
   """(compiled gradient of the layer, devices, devices of the expert axis, tokens of a device)."""
   import jax
   import jax.numpy as jnp
-  import machines
   import numpy as np
-  from jax.experimental import topologies
   from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+  from launch import aot
   from moe import layer
   from nn import param
   from nn.config import ModelConfig, MoE
 
-  devices = machines.devices('h200') if target == 'h200' else (
-      topologies.get_topology_desc(target, platform='tpu').devices)
+  devices = aot.devices(target)
   axes = ('data', 'expert')
   mesh = Mesh(np.array(devices).reshape(-1, min(8, len(devices))), axes, axis_types=(AxisType.Auto,) * 2)
   cfg = ModelConfig(

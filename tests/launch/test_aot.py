@@ -3,74 +3,27 @@
 They are not here: the compilers come as packages (the extra `aot`); nothing can be executed.
 """
 
+import json
 import runpy
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import pytest
-from machines import devices
 
 from kernels import attention
+from launch import aot, rl_phase
 from launch import config as config_lib
-from launch import engine, optimizer, rl_phase
 from launch import mesh as mesh_lib
-from launch import step as step_lib
 from nn import model, param
-from nn.types import Batch, Want
-from rl import methods, sample
-from rl.types import label
+from rl import methods
+from tests.machines import devices
 
 CONFIGS = sorted(
     p for p in Path('configs').glob('*.py') if p.name not in ('__init__.py', 'base.py'))
-
-# Without the device XLA cannot try out tilings of its own Triton matmuls, and the one it assumes
-# does not fit all shapes.
-OPTIONS = {'h200': {'xla_gpu_enable_triton_gemm': False}, 'v5e': {}}
 
 
 def read(path):
   config = runpy.run_path(str(path))['get_config']()
   return config, config_lib.model_config(config.model, 259)
-
-
-def placed(tree, shardings):
-  return jax.tree.map(
-      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
-
-
-def abstract_batch(mesh, terms, rows, length):
-  """A batch of one optimiser step without its numbers."""
-  def leaf(shape, dtype):
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=mesh_lib.sharding_of(shape, mesh))
-  scores = {label(n) for t in terms for n in t.needs if not isinstance(n, Want)}
-  ints, floats, number = (
-      (rows, length, jnp.int32), (rows, length, jnp.float32), leaf((), jnp.float32))
-  plane = lambda spec: leaf(spec[:2], spec[2])
-  return Batch(
-      tokens=plane(ints), positions=plane(ints), segments=plane(ints),
-      masks={'train': plane(floats)}, weights={t.name: plane(floats) for t in terms},
-      coef={t.name: number for t in terms}, data={s: plane(floats) for s in sorted(scores)},
-      temperature=number, use=leaf((), jnp.int32), advantage=plane(floats))
-
-
-def compile_train_step(cfg, target, mesh, c, terms, rows, length):
-  specs = model.specs(cfg)
-  shardings = param.shardings(specs, mesh, dict(cfg.rules))
-  tx, _ = optimizer.from_config(specs, c.optimizer, c.steps)
-  opt = optimizer.state_shardings(tx, specs, shardings, mesh)
-  params = param.abstract(specs, shardings)
-  whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-  state = step_lib.TrainState(
-      jax.ShapeDtypeStruct((), jnp.int32, sharding=whole), params,
-      placed(jax.eval_shape(tx.init, params), opt))
-  train_step = step_lib.make_train_step(
-      step_lib.make_loss(engine.make_forward(cfg), terms), tx, specs, c.microbatches)
-  rate = jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)
-  # Not above: what runs there would run on devices that are not here.
-  with jax.set_mesh(mesh):
-    return jax.jit(train_step, donate_argnums=0).lower(
-        state, abstract_batch(mesh, terms, rows, length), rate).compile(OPTIONS[target])
 
 
 @pytest.mark.extras
@@ -87,7 +40,7 @@ def test_train_steps_compile(path, target):
       rows, length = c.prompts * c.group // c.parts, c.max_prompt + c.max_tokens
     else:
       terms, rows, length = methods.build(('sft',), {}).terms, c.rows, c.length
-    compiled = compile_train_step(cfg, target, mesh, c, terms, rows, length)
+    compiled = aot.train_step(cfg, mesh, c, terms, rows, length)
     mixers, program = {mixer for mixer, _ in cfg.layers}, compiled.as_text()
     if 'attention' in mixers:
       chosen = attention.choose('tpu' if target == 'v5e' else 'gpu', length, cfg.head_dim)
@@ -105,22 +58,36 @@ def test_train_steps_compile(path, target):
     'path', [p for p in CONFIGS if 'rl' in read(p)[0].phases], ids=lambda p: p.stem)
 def test_decode_loops_compile(path, target):
   config, cfg = read(path)
-  c = config.rl
   mesh = mesh_lib.make_mesh({'data': -1}, devices(target))
-  specs = model.specs(cfg)
-  params = param.abstract(specs, param.shardings(specs, mesh, dict(cfg.rules)))
-  rows = mesh_lib.batch_sharding(mesh)
-  decoder = engine.make_decoder(cfg)
+  assert 'while' in aot.sampling(cfg, mesh, config.rl).as_text()
 
-  def draw(params, tokens, start, keys):
-    return sample.sample(
-        decoder, model.prepare(params, cfg), tokens, start, jax.random.wrap_key_data(keys),
-        group=c.group,
-        sampling=sample.Sampling(max_tokens=c.max_tokens, temperature=c.temperature, eos=(1,)))
 
-  leaf = lambda dtype, *shape: jax.ShapeDtypeStruct((c.prompts, *shape), dtype, sharding=rows)
-  with jax.set_mesh(mesh):
-    compiled = jax.jit(draw).lower(
-        params, leaf(jnp.int32, c.max_prompt), leaf(jnp.int32),
-        leaf(jnp.uint32, 2)).compile(OPTIONS[target])
-  assert 'while' in compiled.as_text()
+# Of Qwen3-1.7B.
+PUBLIC = {
+    'architectures': ['Qwen3ForCausalLM'], 'model_type': 'qwen3', 'vocab_size': 151936,
+    'hidden_size': 2048, 'intermediate_size': 6144, 'num_hidden_layers': 28,
+    'num_attention_heads': 16, 'num_key_value_heads': 8, 'head_dim': 128, 'hidden_act': 'silu',
+    'max_position_embeddings': 40960, 'rms_norm_eps': 1e-6, 'rope_theta': 1e6,
+    'tie_word_embeddings': True, 'attention_bias': False, 'use_sliding_window': False}
+
+
+@pytest.mark.extras
+def test_the_recipe_for_a_public_model_fits_its_slice(tmp_path, capsys):
+  devices('v5e')
+  (tmp_path / 'config.json').write_text(json.dumps(PUBLIC))
+  header = json.dumps({'x': {'dtype': 'BF16', 'shape': [1], 'data_offsets': [0, 2]}}).encode()
+  (tmp_path / 'model.safetensors').write_bytes(len(header).to_bytes(8, 'little') + header + b'12')
+  assert aot.main([
+      '--machine', 'v5e:2x4', '--config', 'configs/rl_gsm8k_qwen3.py',
+      f'--config.model_from={tmp_path}']) == 0
+  rows = [line.split('|') for line in capsys.readouterr().out.splitlines()[2:]]
+  peaks = {row[1].strip(): float(row[3]) for row in rows}
+  assert set(peaks) == {'sampling', 'rl, train step'}
+  assert max(peaks.values()) < 15.5, 'GiB of a v5e chip'
+
+
+@pytest.mark.extras
+def test_a_machine_that_is_none_is_refused():
+  pytest.importorskip('libtpu', reason='needs the extra aot')
+  with pytest.raises(ValueError, match="'v5e:7x7' is no machine to compile for"):
+    aot.devices('v5e:7x7')
