@@ -35,8 +35,8 @@ def main(arguments: list[str]) -> int:
 
   locked = config_lib.load(options.config, overrides)
   explicit = [key for key, _ in overrides]
-  models.adopt(locked, explicit)
   config = config_lib.Tracked(locked)
+  models.adopt(locked, config.model_from, explicit)
   mesh_lib.init_distributed(options.coordinator, options.num_processes, options.process_id)
   tokenizer = tokenizer_lib.load(config.tokenizer)
   cfg = config_lib.model_config(config.model, tokenizer.vocab_size)
