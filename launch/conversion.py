@@ -13,7 +13,9 @@ from launch import mesh as mesh_lib
 from nn import model, param
 
 
-def to_checkpoint(source: str, target: str, mesh: str = 'data=1', drop: Sequence[str] = ()) -> int:
+def to_checkpoint(
+    source: str, target: str, mesh: str = 'data=1', drop: Sequence[str] = (), warm_start: str = '',
+) -> int:
   """Writes a Hugging Face folder as a step folder; returns the number of parameters.
 
   Parameters keep the dtype of their tensors, which is exact and half the size of float32 where that
@@ -22,6 +24,8 @@ def to_checkpoint(source: str, target: str, mesh: str = 'data=1', drop: Sequence
   Args:
     mesh: 'axis=devices,...', over which the parameters are spread meanwhile.
     drop: patterns of tensors to leave out.
+    warm_start: variant that layers of linear attention become, without a change of the function;
+      '': they stay. The model then is no longer one of the folder's type.
   """
   target = Path(target).absolute()
   if target.exists():
@@ -33,10 +37,14 @@ def to_checkpoint(source: str, target: str, mesh: str = 'data=1', drop: Sequence
   params = param.unflat({
       path: opened.array(path, jax.ShapeDtypeStruct(s.shape, opened.dtype(path), sharding=places[path]))
       for path, s in param.flat(specs).items()})
+  cfg, origin = known.cfg, known.origin
+  if warm_start:
+    params, cfg = model.warm_start(params, cfg, warm_start)
+    origin = None
   partial = target.with_name(f'{target.name}.partial-{os.getpid()}')
   folder = 'tokenizer' if known.tokenizer else ''
-  meta = {'model': dataclasses.asdict(known.cfg), 'tokenizer': folder, 'step': 0,
-          **models.to_meta(known.origin)}
+  meta = {'model': dataclasses.asdict(cfg), 'tokenizer': folder, 'step': 0,
+          **models.to_meta(origin)}
   try:
     checkpoint.save_params(partial, params, meta)
     if folder:
@@ -46,7 +54,7 @@ def to_checkpoint(source: str, target: str, mesh: str = 'data=1', drop: Sequence
     partial.rename(target)
   finally:
     shutil.rmtree(partial, ignore_errors=True)
-  return param.count(specs)
+  return param.count(model.specs(cfg))
 
 
 def to_public(source: str, target: str, dtype: str = '', tokenizer: str = '') -> int:

@@ -2,9 +2,11 @@
 
     python launch/convert.py --from-hf Qwen3-0.6B --to runs/qwen3
     python launch/convert.py --to-hf Qwen3-0.6B-mine --from runs/x
+    python launch/convert.py --from-hf Kimi-Linear --to runs/finer --warm-start fg2_plus
 
 A checkpoint is what --config.init takes; one of a run, or of its step, may be given to --from. What
-is written appears whole or not at all.
+is written appears whole or not at all. Models that no class of transformers computes are written in
+the format of nn/hf/own.py.
 """
 
 import sys
@@ -20,7 +22,8 @@ def main(arguments: list[str]) -> int:
   cli.prepare(arguments)
   from launch import conversion
   if options.from_hf:
-    count = conversion.to_checkpoint(options.from_hf, options.to, options.mesh, options.drop)
+    count = conversion.to_checkpoint(
+        options.from_hf, options.to, options.mesh, options.drop, options.warm_start)
     print(f'{options.to}: {count:,} parameters of {options.from_hf}')
   else:
     count = conversion.to_public(options.source, options.to_hf, options.dtype, options.tokenizer)
@@ -34,6 +37,8 @@ def parse(arguments: list[str]):
   p.add_argument('--to', default='', help='checkpoint to write; must not exist')
   p.add_argument('--drop', action='append', default=[],
                  help="pattern of tensors to leave out, as 'model.mtp.*'; may be given several times")
+  p.add_argument('--warm-start', default='', choices=('', 'kda', 'fg2', 'fg2_plus', 'gdn2'),
+                 help='variant that layers of Gated DeltaNet or KDA become; the same function')
   p.add_argument('--mesh', default='data=1', help='devices along mesh axes, for instance fsdp=4')
   p.add_argument('--from', dest='source', default='', help='checkpoint to read')
   p.add_argument('--to-hf', default='', help='Hugging Face folder to write; must not exist')
@@ -46,7 +51,7 @@ def parse(arguments: list[str]):
   given = [way for way, values in ways.items() if any(values)]
   if len(given) != 1 or not all(ways[given[0]]):
     raise ValueError(f'wanted either {" or ".join(ways)}')
-  useless = {'--drop': options.drop} if options.to_hf else {
+  useless = {'--drop': options.drop, '--warm-start': options.warm_start} if options.to_hf else {
       '--dtype': options.dtype, '--tokenizer': options.tokenizer}
   if unused := [name for name, value in useless.items() if value]:
     raise ValueError(f'{", ".join(unused)} has no effect with {given[0]}')

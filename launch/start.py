@@ -217,8 +217,9 @@ def describe(run: Run, built: list[Built], saved: dict | None) -> list[tuple[str
   sizes = [f'{axis} {size}' for axis, size in run.mesh.shape.items() if size > 1]
   kind = run.cfg.attention
   if kind == 'auto':
-    chosen = {attention.choose(jax.default_backend(), b.length, run.cfg.head_dim) for b in built}
-    kind = f'auto: {", ".join(sorted(chosen))}'
+    chosen = {attention.choose(jax.default_backend(), b.length, size, window)
+              for b in built for size, window in reaches(run.cfg)}
+    kind = f'auto: {", ".join(sorted(chosen)) or "no layer attends"}'
   linear = [('fg2_gdn', recurrence(run.cfg))] if any(m == 'gdn' for m, _ in run.cfg.layers) else []
   resumed = f', resumed at step {saved["step"]}' if saved else ''
   return [
@@ -232,6 +233,14 @@ def describe(run: Run, built: list[Built], saved: dict | None) -> list[tuple[str
       *((b.phase.name, f'steps {b.phase.first} to {b.phase.last}, up to {b.tokens:,} tokens a step')
         for b in built),
       ('workdir', f'{run.workdir}{resumed}')]
+
+
+def reaches(cfg: ModelConfig) -> list[tuple[int, int]]:
+  """(head size, window) of the layers that attend; the larger size where keys and values differ."""
+  m, mixers = cfg.mla_sizes, {mixer for mixer, _ in cfg.layers}
+  kinds = {'attention': (cfg.head_dim, 0), 'local': (cfg.head_dim, cfg.window),
+           'mla': (max(m.nope_dim + m.rope_dim, m.value_dim), 0)}
+  return [kind for mixer, kind in kinds.items() if mixer in mixers]
 
 
 def recurrence(cfg: ModelConfig) -> str:

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from moe import layer as moe
-from nn import attention, cache, gdn, local, mlp, norm, param
+from nn import attention, cache, gdn, local, mla, mlp, norm, param
 from nn.config import ModelConfig
 
-MIXERS = {'attention': attention, 'local': local, 'gdn': gdn}
+MIXERS = {'attention': attention, 'local': local, 'mla': mla, 'gdn': gdn}
 FFNS = {'mlp': mlp, 'moe': moe}
 
 Names = tuple[str, str]                # of the mixer and of the FFN

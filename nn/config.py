@@ -64,6 +64,25 @@ class GDN:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class MLA:
+  """Latent attention, see `nn/mla.py`. What stands in brackets are DeepSeek-V2's ratios, for 0 and for a rope_dim of -1."""
+  q_rank: int = 0                      # of the queries' latent; 0: queries come straight from x
+  kv_rank: int = 0                     # of the latent of keys and values (4 x model.head_dim)
+  nope_dim: int = 0                    # channels of a head's queries and keys without positions (model.head_dim)
+  rope_dim: int = -1                   # channels besides, turned, whose key all heads share (model.head_dim / 2); 0: none
+  value_dim: int = 0                   # of a head (model.head_dim)
+  interleaved: bool = False            # turned channels are pairs (2i, 2i + 1), as DeepSeek stores them, not (i, i + half)
+  norm_eps: float = 1e-6               # of the norms of latents
+
+  def __post_init__(self):
+    for name in ('q_rank', 'kv_rank', 'nope_dim', 'value_dim'):
+      if getattr(self, name) < 0:
+        raise ValueError(f'model.mla.{name} is {getattr(self, name)}, wanted at least 0')
+    if self.rope_dim < -1:
+      raise ValueError(f'model.mla.rope_dim is {self.rope_dim}, wanted at least -1')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class MoE:
   """The FFN 'moe', see `moe/layer.py`. Qwen3-MoE, Qwen3-Next, DeepSeek-V3 and GLM-4.5 are settings of these fields."""
   experts: int = 8                     # E
@@ -78,7 +97,8 @@ class MoE:
   shared_gate: bool = False            # times a sigmoid gate of its own
   balance_loss: float = 0.0            # coefficient of the Switch loss, which is 1 for even loads
   z_loss: float = 0.0                  # coefficient of the mean square of the router's log-normaliser
-  bias_rate: float = 0.0               # step of the selection bias towards even loads; 0: there is no bias
+  bias_rate: float = 0.0               # step of the selection bias towards even loads; 0: there is none, or it stays
+  bias: bool = False                   # there is one without a rate, too: a checkpoint's that stays as it is
   matmul: str = 'auto'                 # implementation, see kernels/grouped_matmul
   dispatch: str = 'auto'               # each device sorts its own tokens, or 'global': the compiler splits one sort of all
 
@@ -142,9 +162,16 @@ class Rope:
     """What turned queries and keys are multiplied by (arXiv:2309.00071, section 3.4)."""
     if self.kind != 'yarn':
       return 1.0
-    one = lambda weight: max(1.0, 0.1 * weight * math.log(self.factor) + 1)
     both = self.mscale and self.mscale_all_dim
-    return self.gain or (one(self.mscale) / one(self.mscale_all_dim) if both else one(1.0))
+    return self.gain or (self.log_gain(self.mscale) / self.latent_gain if both else self.log_gain(1.0))
+
+  @property
+  def latent_gain(self) -> float:
+    """What latent attention multiplies all channels of queries and keys by, turned or not, as DeepSeek's code does."""
+    return self.log_gain(self.mscale_all_dim) if self.kind == 'yarn' else 1.0
+
+  def log_gain(self, weight: float) -> float:
+    return max(1.0, 0.1 * weight * math.log(self.factor) + 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -164,6 +191,7 @@ class ModelConfig:
   moe: MoE = MoE()
   max_length: int = 2048               # tokens of a row: longer rows are refused
   gdn: GDN = GDN()                     # of the mixer 'gdn'
+  mla: MLA = MLA()                     # of the mixer 'mla'
   rope_theta: float = 10_000.0         # base of the rotary angles; 0: attention without positions
   rope_share: float = 1.0              # of a head's elements that are turned, the first ones
   rope: Rope = Rope()                  # for contexts longer than those of pretraining
@@ -222,6 +250,10 @@ class ModelConfig:
       self._check_gdn()
     elif self.gdn != GDN():
       raise ValueError(f'model.gdn is set, but no layer has the mixer gdn; the layers have {sorted(set(mixers))}')
+    if 'mla' in mixers:
+      self._check_mla()
+    elif self.mla != MLA():
+      raise ValueError(f'model.mla is set, but no layer has the mixer mla; the layers have {sorted(set(mixers))}')
     ffns = {ffn for _, ffn in self.layers}
     local = ModelConfig.window, ModelConfig.local_theta
     if 'local' in mixers and not self.window:
@@ -243,6 +275,10 @@ class ModelConfig:
       raise ValueError(f'model.gdn.variant fg2 has one gate for keys and values, so key_dim {sizes.key_dim} and '
                        f'value_dim {sizes.value_dim} must be equal; fg2_plus has two')
 
+  def _check_mla(self):
+    if self.rope_theta and self.mla_sizes.rope_dim % 2:
+      raise ValueError(f'model.mla.rope_dim is {self.mla_sizes.rope_dim}; rotary embedding needs an even size')
+
   @property
   def gdn_sizes(self) -> 'GDNSizes':
     """The sizes of the mixer 'gdn', none of them 0."""
@@ -251,13 +287,20 @@ class ModelConfig:
     return GDNSizes(heads, g.num_key_heads or heads, g.key_dim or self.head_dim, g.value_dim or self.head_dim)
 
   @property
+  def mla_sizes(self) -> 'MLASizes':
+    """The sizes of the mixer 'mla'; only rope_dim can be 0."""
+    m = self.mla
+    rope_dim = self.head_dim // 2 if m.rope_dim < 0 else m.rope_dim
+    return MLASizes(m.kv_rank or 4 * self.head_dim, m.nope_dim or self.head_dim, rope_dim, m.value_dim or self.head_dim)
+
+  @property
   def layers(self) -> tuple[tuple[str, str], ...]:
     """Every layer as (mixer, ffn), in the order of the model; a layer's name is its index here."""
     entries = (*self.head, *(self.pattern * self.repeats), *self.tail)
     return tuple(pair(entry, self.ffn) for entry in entries)
 
 
-PARTS = {'gdn': GDN, 'moe': MoE, 'rope': Rope}     # fields of ModelConfig that have fields
+PARTS = {'gdn': GDN, 'mla': MLA, 'moe': MoE, 'rope': Rope}     # fields of ModelConfig that have fields
 
 
 def from_dict(fields: Mapping[str, Any]) -> ModelConfig:
@@ -282,22 +325,42 @@ def architecture(cfg: ModelConfig) -> dict[str, Any]:
   fields['query_scalar'] = cfg.query_scalar or cfg.head_dim
   fields['attention_bias'] = sorted(cfg.attention_bias)
   fields['rope'] |= {'fast': cfg.rope.turns, 'gain': cfg.rope.attention_gain}
-  fields['gdn'] |= cfg.gdn_sizes._asdict()
+  fields['gdn'] |= cfg.gdn_sizes._asdict() | _ranks(cfg)
+  fields['mla'] |= cfg.mla_sizes._asdict()
+  fields['moe']['bias'] = cfg.moe.bias or cfg.moe.bias_rate > 0
   fields['moe']['ffw_dim'] = cfg.moe.ffw_dim or cfg.ffw_dim // cfg.moe.top_k
   unused = {'head', 'pattern', 'repeats', 'tail', 'ffn', *RUN_FIELDS['']}
-  unused |= {'gdn'} - mixers | {'moe'} - ffns
+  unused |= {'gdn', 'mla'} - mixers | {'moe'} - ffns
   unused |= {'ffw_dim'} if 'mlp' not in ffns else set()
-  unused |= {'rope_theta'} if mixers == {'local'} else set()
+  unused |= {'rope_theta'} if mixers <= {'local', 'gdn'} else set()
+  if not mixers & {'attention', 'local'}:
+    unused |= {'head_dim', 'num_kv_heads', 'rope_share', 'qk_norm', 'attention_bias', 'attention_gate', 'query_scalar'}
   unused |= {f'{part}.{name}' for part in PARTS for name in RUN_FIELDS.get(part, ())}
   kept = {name: x for name, x in fields.items() if name not in unused}
   inner = {f'{part}.{name}': x for part in PARTS if part in kept for name, x in kept.pop(part).items()}
   return kept | {name: x for name, x in inner.items() if name not in unused}
 
 
+def _ranks(cfg: ModelConfig) -> dict[str, Any]:
+  """What stands for a choice in cfg.gdn, chosen as `nn/gdn.py` does."""
+  g, value, plain = cfg.gdn, cfg.gdn_sizes.value_dim, cfg.gdn.variant == 'gdn'
+  return {'decay_rank': 0 if plain else value if g.decay_rank < 0 else g.decay_rank,
+          'beta_rank': 0 if g.variant in ('gdn', 'kda') else g.beta_rank,
+          'gate_rank': (0 if plain else value) if g.gate_rank < 0 else g.gate_rank,
+          'gate': g.gate or ('silu' if plain else 'sigmoid')}
+
+
 class GDNSizes(NamedTuple):
   num_heads: int
   num_key_heads: int
   key_dim: int
+  value_dim: int
+
+
+class MLASizes(NamedTuple):
+  kv_rank: int
+  nope_dim: int
+  rope_dim: int
   value_dim: int
 
 

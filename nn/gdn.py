@@ -77,7 +77,7 @@ def specs(cfg: ModelConfig) -> dict[str, Spec]:
         table[f'{name}_bias'] = bias(out)
   rank = (0 if g.variant == 'gdn' else value) if g.gate_rank < 0 else g.gate_rank
   table |= projection('gate', values, rank)
-  table |= {'norm': norm.specs(value, 'value_dim')['scale']}
+  table |= {'norm': bias(('value_dim',), param.ones)}
   return table | {
       'o': param.matrix(sizes, ('heads', 'value_dim', 'embed'), contract=('heads', 'value_dim'),
                         scale=(2 * len(cfg.layers)) ** -0.5)}
@@ -143,8 +143,7 @@ def flops(cfg: ModelConfig, length: int) -> int:
   """FLOPs of the forward pass, per token: projections and the recurrence in chunks of 64 tokens."""
   del length
   heads, _, key, value = cfg.gdn_sizes
-  matrices = 2 * sum(math.prod(s.shape) for s in specs(cfg).values() if s.contract)
-  return matrices + heads * (6 * key * value + 3 * CHUNK * key + CHUNK**2)
+  return param.matmul_flops(specs(cfg)) + heads * (6 * key * value + 3 * CHUNK * key + CHUNK**2)
 
 
 def warm_start(params: dict, cfg: ModelConfig, variant: str) -> tuple[dict, ModelConfig]:

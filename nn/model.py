@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from nn import block, linear, norm, param
+from nn import block, gdn, linear, norm, param
 from nn import cache as cache_lib
 from nn.config import ModelConfig, pair
 from nn.param import Spec
@@ -165,6 +165,24 @@ def after_update(params: dict, cfg: ModelConfig, load: Mapping[int, jax.Array]) 
       ffn = block.FFNS[cfg.layers[indices[0]][1]].after_update(layer['ffn'], cfg, totals)
       params[part] = params[part] | {name: layer | {'ffn': ffn}}
   return params
+
+
+def warm_start(params: dict, cfg: ModelConfig, variant: str) -> tuple[dict, ModelConfig]:
+  """The same function with every layer of linear attention as a finer variant, see `gdn.warm_start`.
+
+  Raises:
+    ValueError: a model without such layers, or whose variant is no special case of the new one.
+  """
+  params, new = dict(params), None
+  for part, layers in _parts(cfg).items():
+    for name in (n for n, (mixer, _) in layers.items() if mixer == 'gdn'):
+      layer = params[part][name]
+      mixer, new = gdn.warm_start(layer['mixer'], cfg, variant)
+      params[part] = params[part] | {name: layer | {'mixer': mixer}}
+  if new is None:
+    raise ValueError(f'no layer has the mixer gdn, so none can become {variant!r}; '
+                     f'the layers have {sorted({mixer for mixer, _ in cfg.layers})}')
+  return params, new
 
 
 def _check_length(cfg: ModelConfig, length: int) -> None:

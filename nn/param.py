@@ -184,6 +184,11 @@ def count(specs: Tree) -> int:
   return sum(math.prod(s.shape) for s in flat(specs).values())
 
 
+def matmul_flops(specs: Tree) -> int:
+  """Floating point operations of one vector's product with every matrix of the table."""
+  return 2 * sum(math.prod(s.shape) for s in flat(specs).values() if s.contract)
+
+
 def bytes_per_device(
     specs: Tree, mesh: Mesh, rules: Mapping[str, tuple[str, ...]], itemsize: int = 4,
 ) -> int:

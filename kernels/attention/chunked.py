@@ -1,7 +1,7 @@
 """Causal attention by plain matmuls on blocks of queries and keys.
 
 What a CPU runs, and any shape runs anywhere. B rows, T positions, H query heads, G key/value heads,
-R = H / G, K head size, N blocks of C positions.
+R = H / G, K head size, V size of a value (often K), N blocks of C positions.
 
 Heads that share keys are folded into one matmul, [R C, K] x [K, C] for every row and group, and
 sums are divided by the softmax's denominator after the last product. Scores, softmax and sums are
@@ -25,12 +25,12 @@ def attention(
 ) -> jax.Array:
   """As `reference.attention`. No [B, H, T, T] array exists for rows longer than SHORT."""
   num_rows, length, num_groups, head_dim = k.shape
-  # [B, G, R, T, K] and [B, G, T, K]
+  # [B, G, R, T, K], [B, G, T, K] and [B, G, T, V]
   q = (q * scale).astype(q.dtype).reshape(
       num_rows, length, num_groups, -1, head_dim).transpose(0, 2, 3, 1, 4)
   k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
   out = (short if length <= SHORT else long)(q, k, v, segments, window)
-  return out.transpose(0, 3, 1, 2, 4).reshape(num_rows, length, -1, head_dim)
+  return out.transpose(0, 3, 1, 2, 4).reshape(num_rows, length, -1, v.shape[3])
 
 
 def short(
@@ -38,7 +38,7 @@ def short(
 ) -> jax.Array:
   """Every block of queries against all keys before its end.
 
-  [B, G, R, T, K], 2 x [B, G, T, K], [B, T] -> [B, G, R, T, K].
+  [B, G, R, T, K], [B, G, T, K], [B, G, T, V], [B, T] -> [B, G, R, T, V].
   """
   length = k.shape[2]
   return jnp.concatenate([
@@ -59,9 +59,9 @@ def _rows(q, k, v, segments, begin, window):
   weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
   total = jnp.sum(weights, axis=-1).reshape(q.shape[:-1])
   sums = jnp.einsum(
-      'bgqs,bgsk->bgqk', weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+      'bgqs,bgsv->bgqv', weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
   real = (segments[:, begin:] != 0)[:, None, None]
-  return (sums.reshape(q.shape) * jnp.where(real, 1 / total, 0)[..., None]).astype(q.dtype)
+  return (sums.reshape(*q.shape[:-1], -1) * jnp.where(real, 1 / total, 0)[..., None]).astype(q.dtype)
 
 
 def long(
@@ -82,14 +82,14 @@ def long(
   num_rows, num_groups, ratio, _, head_dim = q.shape
   q = blocks(q, 3).reshape(-1, num_rows, num_groups, ratio * LONG_BLOCK, head_dim)
   out = _blockwise(window, q, blocks(k, 2), blocks(v, 2), blocks(segments, 1))
-  out = out.reshape(-1, num_rows, num_groups, ratio, LONG_BLOCK, head_dim)
+  out = out.reshape(-1, num_rows, num_groups, ratio, LONG_BLOCK, v.shape[3])
   return jnp.moveaxis(out, 0, 3).reshape(
-      num_rows, num_groups, ratio, -1, head_dim)[:, :, :, :length]
+      num_rows, num_groups, ratio, -1, v.shape[3])[:, :, :, :length]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _blockwise(window, q, k, v, segments):
-  """[N, B, G, R C, K], 2 x [N, B, G, C, K], [N, B, C] -> [N, B, G, R C, K]."""
+  """[N, B, G, R C, K], [N, B, G, C, K], [N, B, G, C, V], [N, B, C] -> [N, B, G, R C, V]."""
   return _blockwise_forward(window, q, k, v, segments)[0]
 
 
@@ -122,11 +122,11 @@ def _blockwise_forward(window, q, k, v, segments):
       weights = jnp.exp(scores - new_top)
       fade = jnp.exp(top - new_top)
       more = jnp.einsum(
-          'bgqs,bgsk->bgqk', weights.astype(v.dtype), v[j], preferred_element_type=jnp.float32)
+          'bgqs,bgsv->bgqv', weights.astype(v.dtype), v[j], preferred_element_type=jnp.float32)
       return new_top, fade * total + jnp.sum(weights, axis=-1, keepdims=True), fade * sums + more
 
     # The diagonal first: every position sees itself, so that `top` is a real score from then on.
-    zero = jnp.zeros(qi.shape, jnp.float32)
+    zero = jnp.zeros((*qi.shape[:-1], v.shape[-1]), jnp.float32)
     carry = add(i, (jnp.full_like(zero[..., :1], FAR), zero[..., :1], zero))
     first = _first(window, si.shape[1], i)
     top, total, sums = jax.lax.fori_loop(first, i, add, carry)
@@ -149,19 +149,19 @@ def _blockwise_backward(window, residuals, grad):
     def add(j, carry):
       dq, dk, dv = carry
       weights = jnp.exp(_scores(window, qi, k[j], si, segments[j], i - j) - normaliser[i])
-      dweights = jnp.einsum('bgqk,bgsk->bgqs', gi, v[j], preferred_element_type=jnp.float32)
+      dweights = jnp.einsum('bgqv,bgsv->bgqs', gi, v[j], preferred_element_type=jnp.float32)
       dscores = (weights * (dweights - drift)).astype(q.dtype)
       product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
       return (dq + product('bgqs,bgsk->bgqk', dscores, k[j]),
               dk.at[j].add(product('bgqs,bgqk->bgsk', dscores, qi)),
-              dv.at[j].add(product('bgqs,bgqk->bgsk', weights.astype(q.dtype), gi)))
+              dv.at[j].add(product('bgqs,bgqv->bgsv', weights.astype(q.dtype), gi)))
 
     first = _first(window, si.shape[1], i)
     dq, dk, dv = jax.lax.fori_loop(first, i + 1, add, (jnp.zeros(qi.shape, jnp.float32), *carry))
     return (dk, dv), dq.astype(q.dtype)
 
-  zeros = jnp.zeros(k.shape, jnp.float32)
-  (dk, dv), dq = jax.lax.scan(rows, (zeros, zeros), jnp.arange(q.shape[0]))
+  zeros = lambda x: jnp.zeros(x.shape, jnp.float32)
+  (dk, dv), dq = jax.lax.scan(rows, (zeros(k), zeros(v)), jnp.arange(q.shape[0]))
   return dq, dk.astype(k.dtype), dv.astype(v.dtype), None
 
 

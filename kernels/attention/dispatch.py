@@ -1,6 +1,6 @@
 """Which implementation runs, and on which shard of the arrays.
 
-B rows, T positions, H query heads, G key/value heads, K head size.
+B rows, T positions, H query heads, G key/value heads, K head size, V size of a value (often K).
 """
 
 import functools
@@ -40,7 +40,10 @@ def platform() -> str:
 
 
 def choose(on: str, length: int, head_dim: int, window: int = 0) -> str:
-  """The implementation that 'auto' stands for on platform `on`, at T positions and head size K."""
+  """The implementation that 'auto' stands for on platform `on`, at T positions.
+
+  head_dim: the larger of K and V.
+  """
   if on not in AUTO:
     raise ValueError(f'no attention for platform {on!r}; known are {sorted(AUTO)}')
   plain = length < SHORTEST or head_dim > WIDEST or (window and AUTO[on] not in WINDOWED)
@@ -55,7 +58,7 @@ def attention(
 
   Args:
     q: [B, T, H, K].
-    k, v: [B, T, G, K]; H is a multiple of G.
+    k: [B, T, G, K], v: [B, T, G, V]; H is a multiple of G.
     segments: [B, T] int32; 0 is padding, which gives zeros.
     scale: of the scores; K**-0.5 unless given.
     window: positions that a position sees, itself included; 0: all before it.
@@ -64,19 +67,19 @@ def attention(
       and heads.
 
   Returns:
-    [B, T, H, K] in q's dtype.
+    [B, T, H, V] in q's dtype.
 
   Raises:
     ValueError: shapes that do not fit; an implementation that does not exist, or not on this
       platform.
   """
   rows, heads, groups = q.shape[:2], q.shape[2], k.shape[2]
-  if (k.shape != v.shape or k.shape != (*rows, groups, q.shape[3]) or heads % groups
+  if (k.shape != (*rows, groups, q.shape[3]) or v.shape[:3] != k.shape[:3] or heads % groups
       or segments.shape != rows):
     raise ValueError(
         f'q {q.shape}, k {k.shape}, v {v.shape}, segments {segments.shape} do not fit together')
   if implementation == 'auto':
-    implementation = choose(platform(), q.shape[1], q.shape[3], window)
+    implementation = choose(platform(), q.shape[1], max(q.shape[3], v.shape[3]), window)
   if implementation not in IMPLEMENTATIONS:
     raise ValueError(
         f'unknown attention {implementation!r}; known are auto, {", ".join(IMPLEMENTATIONS)}')

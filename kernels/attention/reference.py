@@ -1,6 +1,6 @@
 """The definition of causal attention over packed rows.
 
-B rows, T positions, H query heads, G key/value heads, K head size.
+B rows, T positions, H query heads, G key/value heads, K head size, V size of a value (often K).
 """
 
 import jax
@@ -17,11 +17,12 @@ def attention(
 
   Args:
     q: [B, T, H, K].
-    k, v: [B, T, G, K].
+    k: [B, T, G, K].
+    v: [B, T, G, V].
     segments: [B, T] int32; a padding position (0) gives zeros.
 
   Returns:
-    [B, T, H, K] in q's dtype; scores and softmax in float32.
+    [B, T, H, V] in q's dtype; scores and softmax in float32.
   """
   num_groups = k.shape[2]
   time = jnp.arange(q.shape[1])
@@ -33,5 +34,5 @@ def attention(
   scores = scale * jnp.einsum('btgrk,bsgk->bgrts', q, k, preferred_element_type=jnp.float32)
   weights = jax.nn.softmax(
       jnp.where(seen[:, None, None], scores, -jnp.inf), axis=-1, where=seen[:, None, None])
-  out = jnp.einsum('bgrts,bsgk->btgrk', weights, v.astype(jnp.float32))
+  out = jnp.einsum('bgrts,bsgv->btgrv', weights, v.astype(jnp.float32))
   return out.reshape(*out.shape[:2], -1, out.shape[4]).astype(q.dtype)

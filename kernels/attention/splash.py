@@ -1,6 +1,6 @@
 """Causal attention on TPU by jax's splash kernel.
 
-B rows, T positions, H query heads, G key/value heads, K head size.
+B rows, T positions, H query heads, G key/value heads, K head size, V size of a value (often K).
 
 The kernel skips blocks of keys that lie ahead or before the window, reads each key head once for the queries that share
 it, and recomputes the weights backward. It wants whole blocks of positions: rows are padded with

@@ -34,11 +34,12 @@ def layouts(length):
   return jnp.asarray(np.stack([np.ones(length), *packed, *padded]), jnp.int32)
 
 
-def inputs(length, heads=4, groups=2, size=8, rows=ROWS, dtype=jnp.float32):
-  """q, k, v and the gradient of the output."""
+def inputs(length, heads=4, groups=2, size=8, rows=ROWS, dtype=jnp.float32, value_size=0):
+  """q, k, v and the gradient of the output. value_size: `size` unless given."""
   rng = np.random.default_rng(length)
-  draw = lambda num: jnp.asarray(rng.standard_normal((rows, length, num, size)), dtype)
-  return draw(heads), draw(groups), draw(groups), draw(heads)
+  draw = lambda num, size: jnp.asarray(rng.standard_normal((rows, length, num, size)), dtype)
+  value_size = value_size or size
+  return draw(heads, size), draw(groups, size), draw(groups, value_size), draw(heads, value_size)
 
 
 def pull(attend, q, k, v, grad, segments):
@@ -59,7 +60,7 @@ def assert_same(actual, expected, tolerance):
 def by_hand(q, k, v, segments, scale):
   """The definition once more, as loops in float64."""
   q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
-  out = np.zeros(q.shape)
+  out = np.zeros((*q.shape[:3], v.shape[3]))
   ratio = q.shape[2] // k.shape[2]
   for b, t, h in np.ndindex(q.shape[:3]):
     seen = [s for s in range(t + 1) if segments[b, s] == segments[b, t] != 0]
@@ -70,8 +71,9 @@ def by_hand(q, k, v, segments, scale):
   return out
 
 
-def test_reference_matches_loops_in_float64():
-  q, k, v, _ = inputs(11)
+@pytest.mark.parametrize('value_size', [8, 5])
+def test_reference_matches_loops_in_float64(value_size):
+  q, k, v, _ = inputs(11, value_size=value_size)
   segments = layouts(11)
   out = reference.attention(q, k, v, segments=segments, scale=0.3)
   np.testing.assert_allclose(out, by_hand(q, k, v, np.asarray(segments), 0.3), atol=2e-6)
@@ -121,6 +123,17 @@ def test_any_ratio_of_query_heads_to_key_heads(name, heads, groups):
   q, k, v, grad = inputs(20, heads, groups, 16)
   expected = pull(functools.partial(reference.attention, scale=0.2), q, k, v, grad, layouts(20))
   actual = pull(functools.partial(IMPLEMENTATIONS[name], scale=0.2), q, k, v, grad, layouts(20))
+  assert_same(actual, expected, 1e-5)
+
+
+@pytest.mark.parametrize('name, length, value_size', [
+    ('chunked', 60, 5), ('chunked', 140, 12), ('splash', 60, 5), ('splash', 60, 12), ('gpu', 60, 5),
+    ('gpu', 60, 12)])
+def test_values_narrower_and_wider_than_keys(name, length, value_size):
+  q, k, v, grad = inputs(length, value_size=value_size, rows=3)
+  attends = [functools.partial(attend, scale=0.35)
+             for attend in (IMPLEMENTATIONS[name], reference.attention)]
+  actual, expected = (pull(attend, q, k, v, grad, layouts(length)[1:4]) for attend in attends)
   assert_same(actual, expected, 1e-5)
 
 

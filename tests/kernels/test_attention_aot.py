@@ -12,11 +12,11 @@ from tests import machines
 
 @pytest.mark.extras
 @pytest.mark.parametrize('target, name', [('v5e', 'splash'), ('h200', 'gpu')])
-@pytest.mark.parametrize('length, size, dtype', [
-    (37, 32, jnp.float32), (640, 64, jnp.bfloat16), (1024, 128, jnp.bfloat16),
-    (128, 256, jnp.float32),
+@pytest.mark.parametrize('length, size, value_size, dtype', [
+    (37, 32, 32, jnp.float32), (640, 64, 64, jnp.bfloat16), (1024, 128, 128, jnp.bfloat16),
+    (128, 256, 256, jnp.float32), (640, 192, 128, jnp.bfloat16),
 ])
-def test_kernels_compile(target, name, length, size, dtype):
+def test_kernels_compile(target, name, length, size, value_size, dtype):
   devices = np.array(machines.devices(target)[:4])
   mesh = Mesh(devices.reshape(-1, 2 if len(devices) > 1 else 1), ('data', 'model'),
               axis_types=(AxisType.Auto,) * 2)
@@ -32,9 +32,10 @@ def test_kernels_compile(target, name, length, size, dtype):
     out, back = jax.vjp(attend, q, k, v)
     return out, back(grad)
 
-  q, k, segments = (array(4, length, 4, size), array(4, length, 2, size),
-                    array(4, length, dtype=jnp.int32, spec=('data', None)))
+  q, k, v, grad = (array(4, length, heads, channels) for heads, channels in (
+      (4, size), (2, size), (2, value_size), (4, value_size)))
+  segments = array(4, length, dtype=jnp.int32, spec=('data', None))
   with jax.set_mesh(mesh):
-    program = jax.jit(run).lower(q, k, k, q, segments).compile().as_text()
+    program = jax.jit(run).lower(q, k, v, grad, segments).compile().as_text()
   assert program.count('custom_call_target=') >= 2  # forward and backward
   assert 'all-gather' not in program                # every device has all its rows and heads need

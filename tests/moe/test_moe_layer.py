@@ -195,3 +195,13 @@ def test_after_an_update_every_layers_bias_has_moved_against_its_own_load():
 def test_flops_by_hand():
   cfg = tiny.config(tiny.LAYOUTS['qwen3_next'])
   assert layer.flops(cfg, 9) == 2 * tiny.WIDTH * (3 * (3 * 12 + 12) + 8 + 1)
+
+
+def test_a_bias_without_a_rate_chooses_and_stays():
+  cfg = dataclasses.replace(CFG, moe=dataclasses.replace(CFG.moe, bias_rate=0.0, bias=True))
+  params = tiny.draw(model.specs(cfg))
+  after = model.after_update(params, cfg, {5: jnp.array([9, 1, 1, 1])})
+  np.testing.assert_array_equal(after['tail']['0']['ffn']['bias'], params['tail']['0']['ffn']['bias'])
+  params['tail']['0']['ffn']['bias'] = jnp.array([0.0, 9.0, 0.0, 9.0])
+  out = nn_tiny.forward(params, cfg, nn_tiny.batch(nn_tiny.tokens(2, 6)))
+  np.testing.assert_array_equal(out.load[5], [0, 12, 0, 12])

@@ -8,6 +8,7 @@ import contextlib
 import functools
 import json
 import os
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +29,14 @@ LLAMA3 = dict(rope_type='llama3', rope_theta=5e5, factor=8.0, low_freq_factor=1.
 YARN = dict(rope_type='yarn', rope_theta=1e4, factor=4.0, original_max_position_embeddings=96)
 GEMMA_ROPE = {'sliding_attention': {'rope_type': 'default', 'rope_theta': 1e4},
               'full_attention': {'rope_type': 'linear', 'factor': 8.0, 'rope_theta': 1e6}}
+
+LATENT = dict(num_key_value_heads=3, kv_lora_rank=9, qk_rope_head_dim=6, qk_nope_head_dim=8,
+              v_head_dim=6)
+EXPERTS = dict(moe_intermediate_size=12, num_experts_per_tok=2)
+# A small epsilon would let the norm of a linear layer's output magnify both sides' roundings.
+LINEAR = dict(linear_key_head_dim=8, linear_value_head_dim=12, linear_num_key_heads=2,
+              linear_num_value_heads=4, rms_norm_eps=1e-3)
+IDS = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
 
 CASES = {
     'llama': ('Llama', dict(rope_parameters=LLAMA3)),
@@ -59,6 +68,50 @@ CASES = {
         tie_word_embeddings=False, head_dim=8, attention_bias=True, query_pre_attn_scalar=20,
         sliding_window=70, num_key_value_heads=3, layer_types=[
             'full_attention', 'sliding_attention'])),
+    'deepseek_v3': ('DeepseekV3', LATENT | EXPERTS | dict(
+        num_hidden_layers=3, q_lora_rank=10, n_routed_experts=8, n_group=4, topk_group=2,
+        first_k_dense_replace=1, rope_parameters=YARN | dict(
+            mscale=0.7, mscale_all_dim=1.2, beta_fast=16.0))),
+    'deepseek_v3 tied, plain queries, pairs apart, wide values': ('DeepseekV3', LATENT | EXPERTS | dict(
+        q_lora_rank=None, n_routed_experts=4, n_group=1, topk_group=1, norm_topk_prob=False,
+        n_shared_experts=2, qk_nope_head_dim=5, v_head_dim=13, first_k_dense_replace=0,
+        rope_interleave=False, tie_word_embeddings=True, rms_norm_eps=1e-4)),
+    'deepseek_v3 without experts': ('DeepseekV3', LATENT | dict(
+        q_lora_rank=7, first_k_dense_replace=2, routed_scaling_factor=3.0)),
+    'glm4_moe': ('Glm4Moe', EXPERTS | dict(
+        num_hidden_layers=3, head_dim=12, n_routed_experts=6, n_group=2, topk_group=1,
+        n_shared_experts=2, routed_scaling_factor=1.5, use_qk_norm=True, attention_bias=True)),
+    'glm4_moe tied, dense layers, without norms': ('Glm4Moe', EXPERTS | dict(
+        tie_word_embeddings=True, num_hidden_layers=3, head_dim=8, num_attention_heads=4,
+        num_key_value_heads=2, n_routed_experts=5, norm_topk_prob=False, first_k_dense_replace=2,
+        rope_parameters=dict(rope_type='default', rope_theta=500.0, partial_rotary_factor=0.75))),
+    'qwen3_next': ('Qwen3Next', EXPERTS | LINEAR | dict(
+        num_hidden_layers=5, head_dim=16, num_experts=4, shared_expert_intermediate_size=10)),
+    'qwen3_next tied, biases, dense layers, every second attends': ('Qwen3Next', EXPERTS | dict(
+        tie_word_embeddings=True, num_hidden_layers=4, head_dim=8, attention_bias=True,
+        num_experts=3, norm_topk_prob=False, shared_expert_intermediate_size=7,
+        decoder_sparse_step=2, mlp_only_layers=[3], full_attention_interval=2, linear_key_head_dim=10,
+        linear_value_head_dim=8, linear_num_key_heads=2, linear_num_value_heads=2,
+        linear_conv_kernel_dim=3, rms_norm_eps=1e-3)),
+    'qwen3_5': ('Qwen3_5Text', LINEAR | dict(num_hidden_layers=5, head_dim=16)),
+    'qwen3_5 tied, biases, three heads a key': ('Qwen3_5Text', LINEAR | dict(
+        tie_word_embeddings=True, num_hidden_layers=3, head_dim=16, attention_bias=True,
+        linear_num_key_heads=1, linear_num_value_heads=3,
+        layer_types=['full_attention', 'linear_attention', 'full_attention'])),
+    'qwen3_5_moe': ('Qwen3_5MoeText', EXPERTS | LINEAR | dict(
+        num_hidden_layers=4, head_dim=16, num_experts=4, shared_expert_intermediate_size=10)),
+    'qwen3_5_moe tied, more of a head turned': ('Qwen3_5MoeText', EXPERTS | LINEAR | dict(
+        tie_word_embeddings=True, head_dim=8, num_experts=3, num_experts_per_tok=1,
+        shared_expert_intermediate_size=5, full_attention_interval=2, linear_num_value_heads=2,
+        rope_parameters=dict(rope_type='default', rope_theta=500.0, partial_rotary_factor=0.5))),
+    'kimi_linear': ('KimiLinear', LATENT | EXPERTS | IDS | dict(
+        num_hidden_layers=6, num_experts=4, linear_head_dim=12, linear_num_heads=2,
+        rms_norm_eps=1e-3)),
+    'kimi_linear, groups, dense layers, short queries': ('KimiLinear', LATENT | EXPERTS | IDS | dict(
+        num_hidden_layers=4, num_experts=8, n_group=4, topk_group=2, n_shared_experts=2,
+        norm_topk_prob=False, q_lora_rank=10, rms_norm_eps=1e-3, first_k_dense_replace=2,
+        linear_attn_config=dict(kda_layers=[1, 2, 4], full_attn_layers=[3], num_heads=3, head_dim=10,
+                                short_conv_kernel_size=3))),
 }
 
 
@@ -90,7 +143,10 @@ def public_model(kind: str, changes: dict):
   rng = np.random.default_rng(0)
   with torch.no_grad():
     saved = made.state_dict()
-    for tensor in made.parameters():
+    for name, tensor in made.named_parameters():
+      if name.endswith('A_log'):       # decays that leave something of a state, and not all of it
+        tensor.copy_(torch.tensor(np.log(rng.uniform(0.05, 1.5, tuple(tensor.shape)))))
+        continue
       spread = 0.5 if tensor.ndim < 2 else 1.3 * tensor.shape[-1] ** -0.5
       shift = 0.7 if tensor.ndim < 2 else 0.0
       tensor.copy_(torch.tensor(shift + spread * rng.standard_normal(tuple(tensor.shape))))
@@ -101,8 +157,15 @@ def public_model(kind: str, changes: dict):
 
 
 def save(theirs, folder: Path) -> None:
+  """As published: transformers 5.23 saves dense layers of Kimi-Linear as if they had experts."""
   with quiet():
     theirs.save_pretrained(folder)
+  if theirs.config.model_type == 'kimi_linear':
+    from safetensors import numpy as safetensors
+    dense = re.compile(r'block_sparse_moe(?=\.(gate|up|down)_proj)')
+    path = folder / 'model.safetensors'
+    tensors = {dense.sub('mlp', name): a for name, a in safetensors.load_file(path).items()}
+    safetensors.save_file(tensors, path, metadata={'format': 'pt'})
 
 
 @contextlib.contextmanager

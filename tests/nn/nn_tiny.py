@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nn import model
-from nn.config import ModelConfig
+from nn.config import MLA, ModelConfig
 from nn.types import Batch
 
 
@@ -21,6 +21,9 @@ def config(**changes) -> ModelConfig:
 
 # Every part of a stack, and two layers in the repeated pattern.
 FULL_STACK = dict(pattern=('attention', ('attention', 'mlp')), tail=('attention',))
+
+# Every layer with latent attention: keys of 4 + 2 channels, values of 6, latents of 5 and 7.
+LATENT = dict(head=('mla',), pattern=('mla',), mla=MLA(q_rank=5, kv_rank=7, rope_dim=2, value_dim=6))
 
 
 def params(cfg: ModelConfig, seed: int = 0) -> dict:

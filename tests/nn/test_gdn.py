@@ -146,6 +146,19 @@ def test_a_finer_variant_begins_as_the_coarser_layer(old, variant):
                              apply(take(params), cfg, x, None, segments), atol=2e-6)
 
 
+def test_a_model_with_finer_layers_begins_as_it_was():
+  cfg = config('kda', **HYBRID | dict(head=('gdn',), repeats=2, tail=('attention', 'gdn')))
+  params, rows = tiny.params(cfg), tiny.batch(tiny.tokens(2, 21))
+  finer, new = model.warm_start(params, cfg, 'fg2_plus')
+  assert new.gdn.variant == 'fg2_plus'
+  assert {k: a.shape for k, a in param.flat(finer).items()} == {
+      k: s.shape for k, s in param.flat(model.specs(new)).items()}
+  np.testing.assert_allclose(tiny.forward(finer, new, rows).hidden,
+                             tiny.forward(params, cfg, rows).hidden, atol=2e-5)
+  with pytest.raises(ValueError, match="no layer has the mixer gdn, so none can become 'fg2'"):
+    model.warm_start(params, tiny.config(), 'fg2')
+
+
 def test_warm_start_refuses_one_gate_for_keys_and_values_of_other_width():
   with pytest.raises(ValueError, match='key_dim 4 and value_dim 6'):
     gdn.warm_start(layer(config('kda')), config('kda'), 'fg2')

@@ -70,7 +70,13 @@ def test_every_parameter_has_an_effect(kind, tmp_path):
     hidden = model.forward(params, both.cfg, ids, positions, jnp.ones_like(ids)).hidden
     return jnp.sum(model.unembed(params, both.cfg, hidden)[:, 5:] ** 3)
 
-  for path, grad in param.flat(jax.jit(jax.grad(total))(both.params)).items():
+  value, grads = jax.jit(jax.value_and_grad(total))(both.params)
+  specs = param.flat(model.specs(both.cfg))
+  for path, grad in param.flat(grads).items():
+    if not specs[path].trainable:      # a bias that chooses experts: other values choose others
+      other = param.unflat({p: -a if p == path else a for p, a in param.flat(both.params).items()})
+      assert jax.jit(total)(other) != value, path
+      continue
     apart = np.abs(np.asarray(grad)).reshape(grad.shape[0], -1) if grad.ndim > 1 else np.abs(grad)
     assert (apart.max(axis=-1) > 0).all() if grad.ndim > 1 else (apart > 0).any(), path
 

@@ -17,6 +17,9 @@ from nn.config import ModelConfig
 from nn.types import LOGP
 
 
+STACKS = {'attention': {}, 'mla': tiny.LATENT}
+
+
 def assert_close(actual, expected, rtol=1e-5):
   """Every leaf to rtol of its largest entry."""
   flat_actual, flat_expected = param.flat(actual), param.flat(expected)
@@ -98,8 +101,9 @@ def test_forward_matches_plain_numpy():
         hidden[b], by_hand(params, cfg, np.asarray(rows.tokens[b])), atol=2e-5)
 
 
-def test_only_distances_between_positions_matter():
-  cfg = tiny.config()
+@pytest.mark.parametrize('stack', STACKS)
+def test_only_distances_between_positions_matter(stack):
+  cfg = tiny.config(**STACKS[stack])
   params = tiny.params(cfg)
   rows = tiny.batch(tiny.tokens(2, 9))
   later = rows.replace(positions=rows.positions + 20)
@@ -107,8 +111,9 @@ def test_only_distances_between_positions_matter():
       tiny.forward(params, cfg, later).hidden, tiny.forward(params, cfg, rows).hidden, atol=2e-5)
 
 
-def test_no_position_depends_on_a_later_token():
-  cfg = tiny.config(tied=False)
+@pytest.mark.parametrize('stack', STACKS)
+def test_no_position_depends_on_a_later_token(stack):
+  cfg = tiny.config(tied=False, **STACKS[stack])
   params = tiny.params(cfg)
   # Every token once, so that embeddings tell positions apart.
   rows = tiny.batch(np.arange(12)[None])
@@ -120,9 +125,10 @@ def test_no_position_depends_on_a_later_token():
   np.testing.assert_array_equal(reached, np.arange(40) <= 7)
 
 
-@pytest.mark.parametrize('length', [20, 140])     # one block of attention, and several
-def test_packed_rows_equal_separate_ones(length):
-  cfg = tiny.config()
+# One block of attention, and several.
+@pytest.mark.parametrize('stack, length', [('attention', 20), ('attention', 140), ('mla', 140)])
+def test_packed_rows_equal_separate_ones(stack, length):
+  cfg = tiny.config(**STACKS[stack])
   params = tiny.params(cfg)
   cut = length // 2
   tokens, weights = tiny.tokens(1, length), draw_weights((1, length))
@@ -138,9 +144,10 @@ def test_packed_rows_equal_separate_ones(length):
   assert_close(grad, apart_grad)
 
 
-@pytest.mark.parametrize('before, after', [(7, 0), (0, 7), (3, 4)])
-def test_padding_changes_nothing(before, after):
-  cfg = tiny.config()
+@pytest.mark.parametrize('stack, before, after', [
+    ('attention', 7, 0), ('attention', 0, 7), ('attention', 3, 4), ('mla', 3, 4)])
+def test_padding_changes_nothing(stack, before, after):
+  cfg = tiny.config(**STACKS[stack])
   params = tiny.params(cfg)
   tokens = tiny.tokens(2, 9)
   pad = lambda x, value: np.pad(x, ((0, 0), (before, after)), constant_values=value)
@@ -154,9 +161,11 @@ def test_padding_changes_nothing(before, after):
   assert_close(padded_grad, grad)
 
 
-@pytest.mark.parametrize('unroll, prepared', [(False, False), (True, False), (True, True)])
-def test_prefill_and_steps_equal_forward(unroll, prepared):
-  cfg = tiny.config(unroll=unroll, **tiny.FULL_STACK)
+@pytest.mark.parametrize('stack, unroll, prepared', [
+    ('attention', False, False), ('attention', True, False), ('attention', True, True),
+    ('mla', False, False), ('mla', True, True)])
+def test_prefill_and_steps_equal_forward(stack, unroll, prepared):
+  cfg = tiny.config(unroll=unroll, **{'attention': tiny.FULL_STACK, 'mla': tiny.LATENT}[stack])
   params = tiny.params(cfg)
   tokens, start, prompt, length = tiny.tokens(3, 12), np.array([0, 2, 6]), 7, 15
   rows = tiny.batch(tokens, np.arange(12) >= start[:, None])
