@@ -5,7 +5,6 @@ half-written is left.
 import json
 import sys
 
-import jax
 import ml_dtypes
 import numpy as np
 import pytest
