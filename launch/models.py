@@ -48,18 +48,19 @@ def describe(path: str | Path) -> Known:
   return Known(growth.model_at(config, size, meta['step']), config.tokenizer, origin)
 
 
-def adopt(config: ConfigDict, explicit: Sequence[str]) -> None:
-  """Puts the model of config.model_from into config.model, but for what is a run's choice.
+def adopt(config: ConfigDict, path: str, explicit: Sequence[str]) -> None:
+  """Puts the model of a checkpoint into config.model, but for what is a run's choice.
 
   Args:
+    path: of the checkpoint; '': nothing changes.
     explicit: keys that the command line names.
 
   Raises:
     ValueError: config.model says otherwise.
   """
-  if not config.model_from:
+  if not path:
     return
-  fields = dataclasses.asdict(describe(config.model_from).cfg)
+  fields = dataclasses.asdict(describe(path).cfg)
   defaults = base.get_config().model
 
   def visit(block, default, found, part):
@@ -73,7 +74,7 @@ def adopt(config: ConfigDict, explicit: Sequence[str]) -> None:
       value = config_lib.convert(found[name], *config_lib.kind(default, name))
       mine = block[name]
       if mine != value and (mine != default[name] or key in explicit):
-        raise ValueError(f'{key} is {mine!r}, and in model_from, {config.model_from}, it is '
+        raise ValueError(f'{key} is {mine!r}, and in model_from, {path}, it is '
                          f'{value!r}; leave it out, or model_from')
       with block.unlocked():
         block[name] = value

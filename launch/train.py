@@ -35,8 +35,8 @@ def main(arguments: list[str]) -> int:
 
   locked = config_lib.load(options.config, overrides)
   explicit = [key for key, _ in overrides]
-  models.adopt(locked, explicit)
   config = config_lib.Tracked(locked)
+  models.adopt(locked, config.model_from, explicit)
   mesh_lib.init_distributed(options.coordinator, options.num_processes, options.process_id)
   tokenizer = tokenizer_lib.load(config.tokenizer)
   cfg = config_lib.model_config(config.model, tokenizer.vocab_size)
@@ -78,7 +78,7 @@ def main(arguments: list[str]) -> int:
         step = b.phase.last
         start.warn_of_rows(log, b, step)
       if settings.export:
-        start.export(run, settings, state.params, config.tokenizer)
+        start.export(built[-1].run, settings, state.params, config.tokenizer)
     except loop.Stopped as signal:
       log.say(f'{signal}: saved; run the same command to go on')
       return 0
