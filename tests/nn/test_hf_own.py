@@ -44,6 +44,15 @@ def test_a_model_without_public_class_comes_back_bit_by_bit():
     np.testing.assert_array_equal(found, expected, err_msg=path)
 
 
+def test_a_model_that_has_grown_is_written_by_the_table_of_the_smaller_one():
+  grown = dataclasses.replace(CFG, moe=dataclasses.replace(CFG.moe, experts=8))
+  family = hf.choose(CFG)
+  config = hf.public_config(family, grown, hf.public_config(family, CFG))
+  assert hf.model_config(config).moe.experts == 8
+  shapes = {p.tensor: p.layout.theirs for p in hf.pieces(family, grown)}
+  assert shapes['layers.2.ffn.router'] == (16, 8)
+
+
 def test_another_version_s_fields_are_named():
   config = hf.public_config(hf.choose(CFG), CFG)
   with pytest.raises(ValueError, match="model is not what this version knows.*'width'"):
