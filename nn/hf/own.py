@@ -41,7 +41,8 @@ def table(cfg: ModelConfig) -> tuple[tuple[Entry, ...], dict[str, int]]:
     for path in (p for p in specs if p.startswith(f'{place}/')):
       below.add(path)
       inner = path.removeprefix(f'{place}/')
-      add('layers.{layer}.', inner, specs[path].shape[len(lead):], owners.get(inner.split('/')[0], ()))
+      of = owners.get(inner.split('/')[0], ())
+      add('layers.{layer}.', inner, specs[path].shape[len(lead):], of)
   for path in (p for p in specs if p not in below):
     add('', path, specs[path].shape, ())
   return tuple(entries), sizes

@@ -12,8 +12,8 @@ from nn.config import GDN, MLA, MoE
 
 # Every mixer and FFN, some of them twice, alone and under the scan.
 CFG = tiny.config(
-    head=('attention', 'mla'), pattern=(('gdn', 'moe'), ('local', 'mlp'), ('mla', 'moe')), repeats=2,
-    tail=('gdn',), window=3, gdn=GDN(variant='fg2_plus', beta_rank=3, lower_bound=-5.0),
+    head=('attention', 'mla'), pattern=(('gdn', 'moe'), ('local', 'mlp'), ('mla', 'moe')),
+    repeats=2, tail=('gdn',), window=3, gdn=GDN(variant='fg2_plus', beta_rank=3, lower_bound=-5.0),
     mla=MLA(q_rank=5, rope_dim=2), moe=MoE(experts=4, scores='sigmoid', bias=True, shared_dim=6),
     attention_gate=True, attention_bias=('q', 'gate'), dtype='bfloat16', remat='full')
 
