@@ -193,7 +193,7 @@ def after_update(params: dict, cfg: ModelConfig, load: Mapping[int, jax.Array]) 
 
 
 def warm_start(params: dict, cfg: ModelConfig, variant: str) -> tuple[dict, ModelConfig]:
-  """The same function with every layer of linear attention as a finer variant, see `gdn.warm_start`.
+  """The same function, layers of linear attention as a finer variant, see `gdn.warm_start`.
 
   Raises:
     ValueError: a model without such layers, or whose variant is no special case of the new one.

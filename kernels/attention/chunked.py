@@ -61,7 +61,8 @@ def _rows(q, k, v, segments, begin, window):
   sums = jnp.einsum(
       'bgqs,bgsv->bgqv', weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
   real = (segments[:, begin:] != 0)[:, None, None]
-  return (sums.reshape(*q.shape[:-1], -1) * jnp.where(real, 1 / total, 0)[..., None]).astype(q.dtype)
+  out = sums.reshape(*q.shape[:-1], -1) * jnp.where(real, 1 / total, 0)[..., None]
+  return out.astype(q.dtype)
 
 
 def long(

@@ -7,7 +7,8 @@ and compiles ahead of time. Mosaic GPU's has neither segments nor a causal backw
 needs cuDNN to compile and the segments as a [T, T] bias; tokamax's brings ten packages and pins of
 theirs. It wants whole blocks of positions, as many key heads as query heads, and K = V: rows are
 padded with segment 0, keys repeated, and the narrower of keys and values gets channels of 0. jax
-0.11 still has it but calls it deprecated: this file goes to another kernel when jax 0.12 is allowed.
+0.11 still has it but calls it deprecated: this file goes to another kernel when jax 0.12 is
+allowed.
 """
 
 import jax

@@ -33,7 +33,8 @@ GDN = tuple(
         ('out_proj.weight', 'o', 'embed (groups ratio value) -> (groups ratio) value embed', '')))
 # All that belongs to a key head lies together: its query, key, values and output gates.
 GDN_BY_GROUP = tuple(
-    Entry(LINEAR + name, f'mixer/{path}', f'(groups {parts}) embed -> embed {out}', part, of=('gdn',))
+    Entry(LINEAR + name, f'mixer/{path}', f'(groups {parts}) embed -> embed {out}', part,
+          of=('gdn',))
     for name, parts, rows in (
         ('in_proj_qkvz.weight', 'q+k+v+z', (
             ('q', 'q', 'groups key'), ('k', 'k', 'groups key'), ('v', 'v', '(groups ratio) value'),
@@ -52,14 +53,16 @@ GDN_APART = tuple(
         ('in_proj_a.weight', 'decay', '(groups ratio)', '(groups ratio)', '')))
 QWEN_EXPERTS = (
     *llama.QWEN_EXPERTS, *latent.shared('mlp.shared_expert'),
-    Entry(LAYER + 'mlp.shared_expert_gate.weight', 'ffn/shared_gate', '1 embed -> embed', of=('moe',)),
+    Entry(LAYER + 'mlp.shared_expert_gate.weight', 'ffn/shared_gate', '1 embed -> embed',
+          of=('moe',)),
 )
 KDA = tuple(
     Entry(f'{LAYER}self_attn.{name}', f'mixer/{path}', layout, of=('gdn',))
     for name, path, layout in (
         *((f'{s}_proj.weight', s, '(groups key) embed -> embed groups key') for s in 'qk'),
         ('v_proj.weight', 'v', '(groups value) embed -> embed groups value'),
-        *((f'{s}_conv1d.weight', f'{s}_conv', '(groups key) 1 conv -> conv groups key') for s in 'qk'),
+        *((f'{s}_conv1d.weight', f'{s}_conv', '(groups key) 1 conv -> conv groups key')
+          for s in 'qk'),
         ('v_conv1d.weight', 'v_conv', '(groups value) 1 conv -> conv groups value'),
         ('f_a_proj.weight', 'decay_down', 'rank embed -> embed rank'),
         ('f_b_proj.weight', 'decay_up', '(groups key) rank -> rank groups key'),
@@ -217,7 +220,7 @@ def read_kimi(keys: Keys) -> dict[str, Any]:
 
 
 def write_kimi(cfg: ModelConfig) -> dict[str, Any]:
-  """Layers, heads and their size twice: as transformers writes them, and as the published file does."""
+  """Layers, heads and their size twice: as transformers writes them, and as published."""
   heads, _, dim, _ = cfg.gdn_sizes
   width, ffns = llama.sizes(cfg)['inner'], [ffn for _, ffn in cfg.layers]
   of = lambda mixer: [i + 1 for i, (m, _) in enumerate(cfg.layers) if m == mixer]
@@ -239,15 +242,17 @@ def write_kimi(cfg: ModelConfig) -> dict[str, Any]:
 
 
 COMMON = {
-    'attn_output_gate': True, 'tie_word_embeddings': False, 'rope_theta': 10_000.0, 'attention_bias': False,
+    'attn_output_gate': True, 'tie_word_embeddings': False, 'rope_theta': 10_000.0,
+    'attention_bias': False,
     'partial_rotary_factor': 0.25, 'norm_topk_prob': True, 'decoder_sparse_step': 1,
     'linear_conv_kernel_dim': 4, 'head_dim': 256}
+ALL = llama.ENDS + llama.NORMS + GATED_ATTENTION + GDN
 QWEN3_NEXT = Family(
     model_type='qwen3_next', architecture='Qwen3NextForCausalLM', sizes=sizes,
-    entries=llama.ENDS + llama.NORMS + GATED_ATTENTION + GDN + GDN_BY_GROUP + llama.MLP + QWEN_EXPERTS,
-    fused=llama.FUSED, read=read_qwen3_next, write=write_qwen3_next, defaults=COMMON)
-DENSE = llama.ENDS + llama.NORMS + GATED_ATTENTION + GDN + GDN_APART + llama.MLP
-SPARSE_ONLY = llama.ENDS + llama.NORMS + GATED_ATTENTION + GDN + GDN_APART + QWEN_EXPERTS
+    entries=ALL + GDN_BY_GROUP + llama.MLP + QWEN_EXPERTS, fused=llama.FUSED,
+    read=read_qwen3_next, write=write_qwen3_next, defaults=COMMON)
+DENSE = ALL + GDN_APART + llama.MLP
+SPARSE_ONLY = ALL + GDN_APART + QWEN_EXPERTS
 QWEN3_5 = Family(
     model_type='qwen3_5_text', architecture='Qwen3_5ForCausalLM', sizes=sizes, entries=DENSE,
     fused=inside(DENSE), read=read_qwen3_5, write=write_qwen, defaults=COMMON)

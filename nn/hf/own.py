@@ -19,7 +19,13 @@ MODEL_TYPE = 'nacre'
 
 
 def family(cfg: ModelConfig) -> Family:
-  """The table of one model: its own specs."""
+  """The table of a model, and of those that differ from it in sizes only."""
+  return Family(model_type=MODEL_TYPE, architecture='NacreForCausalLM', entries=table(cfg)[0],
+                sizes=lambda cfg: table(cfg)[1], read=read, write=write)
+
+
+def table(cfg: ModelConfig) -> tuple[tuple[Entry, ...], dict[str, int]]:
+  """An entry for every parameter of the specs, and the sizes of their layouts."""
   specs, sizes, entries = param.flat(model.specs(cfg)), {}, {}
 
   def add(prefix, path, shape, of):
@@ -35,11 +41,11 @@ def family(cfg: ModelConfig) -> Family:
     for path in (p for p in specs if p.startswith(f'{place}/')):
       below.add(path)
       inner = path.removeprefix(f'{place}/')
-      add('layers.{layer}.', inner, specs[path].shape[len(lead):], owners.get(inner.split('/')[0], ()))
+      of = owners.get(inner.split('/')[0], ())
+      add('layers.{layer}.', inner, specs[path].shape[len(lead):], of)
   for path in (p for p in specs if p not in below):
     add('', path, specs[path].shape, ())
-  return Family(model_type=MODEL_TYPE, architecture='NacreForCausalLM', entries=tuple(entries),
-                sizes=lambda cfg: sizes, read=read, write=write)
+  return tuple(entries), sizes
 
 
 def of_config(config: Mapping[str, Any]) -> Family:

@@ -1,4 +1,4 @@
-"""Linear layers made finer on the way in, layers after the last, and our own format on the way out."""
+"""Linear layers made finer on the way in, layers after the last, our own format on the way out."""
 
 import json
 

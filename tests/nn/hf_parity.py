@@ -72,7 +72,7 @@ CASES = {
         num_hidden_layers=3, q_lora_rank=10, n_routed_experts=8, n_group=4, topk_group=2,
         first_k_dense_replace=1, rope_parameters=YARN | dict(
             mscale=0.7, mscale_all_dim=1.2, beta_fast=16.0))),
-    'deepseek_v3 tied, plain queries, pairs apart, wide values': ('DeepseekV3', LATENT | EXPERTS | dict(
+    'deepseek_v3 tied, plain queries, wide values': ('DeepseekV3', LATENT | EXPERTS | dict(
         q_lora_rank=None, n_routed_experts=4, n_group=1, topk_group=1, norm_topk_prob=False,
         n_shared_experts=2, qk_nope_head_dim=5, v_head_dim=13, first_k_dense_replace=0,
         rope_interleave=False, tie_word_embeddings=True, rms_norm_eps=1e-4)),
@@ -90,8 +90,8 @@ CASES = {
     'qwen3_next tied, biases, dense layers, every second attends': ('Qwen3Next', EXPERTS | dict(
         tie_word_embeddings=True, num_hidden_layers=4, head_dim=8, attention_bias=True,
         num_experts=3, norm_topk_prob=False, shared_expert_intermediate_size=7,
-        decoder_sparse_step=2, mlp_only_layers=[3], full_attention_interval=2, linear_key_head_dim=10,
-        linear_value_head_dim=8, linear_num_key_heads=2, linear_num_value_heads=2,
+        decoder_sparse_step=2, mlp_only_layers=[3], full_attention_interval=2,
+        linear_key_head_dim=10, linear_value_head_dim=8, linear_num_key_heads=2, linear_num_value_heads=2,
         linear_conv_kernel_dim=3, rms_norm_eps=1e-3)),
     'qwen3_5': ('Qwen3_5Text', LINEAR | dict(num_hidden_layers=5, head_dim=16)),
     'qwen3_5 tied, biases, three heads a key': ('Qwen3_5Text', LINEAR | dict(
@@ -107,11 +107,11 @@ CASES = {
     'kimi_linear': ('KimiLinear', LATENT | EXPERTS | IDS | dict(
         num_hidden_layers=6, num_experts=4, linear_head_dim=12, linear_num_heads=2,
         rms_norm_eps=1e-3)),
-    'kimi_linear, groups, dense layers, short queries': ('KimiLinear', LATENT | EXPERTS | IDS | dict(
+    'kimi_linear with groups and short queries': ('KimiLinear', LATENT | EXPERTS | IDS | dict(
         num_hidden_layers=4, num_experts=8, n_group=4, topk_group=2, n_shared_experts=2,
         norm_topk_prob=False, q_lora_rank=10, rms_norm_eps=1e-3, first_k_dense_replace=2,
-        linear_attn_config=dict(kda_layers=[1, 2, 4], full_attn_layers=[3], num_heads=3, head_dim=10,
-                                short_conv_kernel_size=3))),
+        linear_attn_config=dict(kda_layers=[1, 2, 4], full_attn_layers=[3], num_heads=3,
+                                head_dim=10, short_conv_kernel_size=3))),
 }
 
 

@@ -1,4 +1,4 @@
-"""Published checkpoints beyond what transformers writes: their configs, other names, more tensors."""
+"""Published checkpoints beyond what transformers writes: configs, other names, more tensors."""
 
 import json
 

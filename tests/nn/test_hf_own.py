@@ -12,8 +12,8 @@ from nn.config import GDN, MLA, MoE
 
 # Every mixer and FFN, some of them twice, alone and under the scan.
 CFG = tiny.config(
-    head=('attention', 'mla'), pattern=(('gdn', 'moe'), ('local', 'mlp'), ('mla', 'moe')), repeats=2,
-    tail=('gdn',), window=3, gdn=GDN(variant='fg2_plus', beta_rank=3, lower_bound=-5.0),
+    head=('attention', 'mla'), pattern=(('gdn', 'moe'), ('local', 'mlp'), ('mla', 'moe')),
+    repeats=2, tail=('gdn',), window=3, gdn=GDN(variant='fg2_plus', beta_rank=3, lower_bound=-5.0),
     mla=MLA(q_rank=5, rope_dim=2), moe=MoE(experts=4, scores='sigmoid', bias=True, shared_dim=6),
     attention_gate=True, attention_bias=('q', 'gate'), dtype='bfloat16', remat='full')
 
@@ -42,6 +42,15 @@ def test_a_model_without_public_class_comes_back_bit_by_bit():
     whole = tuple(slice(0, n) for n in expected.shape)
     found = hf.read(plan[path], expected.shape, whole, tensors.__getitem__, np.float32)
     np.testing.assert_array_equal(found, expected, err_msg=path)
+
+
+def test_a_model_that_has_grown_is_written_by_the_table_of_the_smaller_one():
+  grown = dataclasses.replace(CFG, moe=dataclasses.replace(CFG.moe, experts=8))
+  family = hf.choose(CFG)
+  config = hf.public_config(family, grown, hf.public_config(family, CFG))
+  assert hf.model_config(config).moe.experts == 8
+  shapes = {p.tensor: p.layout.theirs for p in hf.pieces(family, grown)}
+  assert shapes['layers.2.ffn.router'] == (16, 8)
 
 
 def test_another_version_s_fields_are_named():

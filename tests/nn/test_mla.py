@@ -1,4 +1,4 @@
-"""Latent attention: by hand, on a mesh, what it keeps. Laws it shares with attention: test_model."""
+"""Latent attention: by hand, on a mesh, what it keeps. What it shares with attention: test_model."""
 
 import dataclasses
 
@@ -60,7 +60,8 @@ def test_layer_and_its_steps_match_plain_numpy(changes):
   np.testing.assert_allclose(y[0], expected, atol=2e-5)
   state, step = mla.init_cache(cfg, 1, 8), jax.jit(mla.step, static_argnums=1)
   for t in range(6):
-    y, state = step(params, cfg, x[:, t], jnp.array([t]), (jnp.arange(8) <= t)[None], t, state, None)
+    valid = (jnp.arange(8) <= t)[None]
+    y, state = step(params, cfg, x[:, t], jnp.array([t]), valid, t, state, None)
     np.testing.assert_allclose(y[0], expected[t], atol=2e-5)
 
 
