@@ -57,7 +57,7 @@ def main(arguments: list[str]) -> int:
   from rl import methods
 
   config = config_lib.load(options.config, overrides)
-  models.adopt(config, [key for key, _ in overrides])
+  models.adopt(config, config.model_from, [key for key, _ in overrides])
   vocab_size = config.model.vocab_size or tokenizer_lib.load(config.tokenizer).vocab_size
   cfg = config_lib.model_config(config.model, vocab_size)
   mesh = mesh_lib.make_mesh(config.mesh.to_dict(), devices(options.machine))
