@@ -83,8 +83,10 @@ def main():
       print(json.dumps({
           'what': name, 'bytes': size, 'dtype': options.dtype, 'seconds': round(seconds, 2),
           'peak_bytes': memory, 'peak_share': round(memory / size, 3)}))
-    tensors = [{n: hf_files.mapped(t) for n, t in hf_files.tensors(f).items()} for f in (first, again)]
-    same = tensors[0].keys() == tensors[1].keys() and all((tensors[0][n] == tensors[1][n]).all() for n in tensors[0])
+    tensors = [
+        {n: hf_files.mapped(t) for n, t in hf_files.tensors(f).items()} for f in (first, again)]
+    same = tensors[0].keys() == tensors[1].keys() and all(
+        (tensors[0][n] == tensors[1][n]).all() for n in tensors[0])
     print(json.dumps({'round_trip_identical': bool(same)}))
 
 

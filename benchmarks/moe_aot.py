@@ -2,12 +2,12 @@
 
     python benchmarks/moe_aot.py v5e:2x4 v5p:4x4x4 h200
 
-Needs the extra `aot`. 128 experts of 768, 8 a token, width 2048, rows of 4,096 tokens, bfloat16; forward
-and backward pass. Nothing runs: FLOPs are the compiler's count, per device, over those of the experts
-that tokens go to; where the experts lie on several devices a device's buffer holds the worst case, as
-many times the even load as there are such devices, and the count has them all, though the kernels skip
-what is empty. On GPU the products are in a loop, whose body the compiler counts once; there the count is
-of tiles, full or not, over full ones.
+Needs the extra `aot`. 128 experts of 768, 8 a token, width 2048, rows of 4,096 tokens, bfloat16;
+forward and backward pass. Nothing runs: FLOPs are the compiler's count, per device, over those of
+the experts that tokens go to; where the experts lie on several devices a device's buffer holds the
+worst case, as many times the even load as there are such devices, and the count has them all,
+though the kernels skip what is empty. On GPU the products are in a loop, whose body the compiler
+counts once; there the count is of tiles, full or not, over full ones.
 """
 
 import argparse
@@ -21,7 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 EXPERTS, TOP_K, WIDTH, INNER, LENGTH = 128, 8, 2048, 768, 4096
-COLLECTIVE = r'\b(all-gather|all-reduce|reduce-scatter|all-to-all|ragged-all-to-all|collective-permute)(?:-start)?\('
+COLLECTIVE = (r'\b(all-gather|all-reduce|reduce-scatter|all-to-all|ragged-all-to-all'
+              r'|collective-permute)(?:-start)?\(')
 
 
 def compiled(target, rows_per_device):
@@ -38,10 +39,12 @@ def compiled(target, rows_per_device):
 
   devices = aot.devices(target)
   axes = ('data', 'expert')
-  mesh = Mesh(np.array(devices).reshape(-1, min(8, len(devices))), axes, axis_types=(AxisType.Auto,) * 2)
+  mesh = Mesh(
+      np.array(devices).reshape(-1, min(8, len(devices))), axes, axis_types=(AxisType.Auto,) * 2)
   cfg = ModelConfig(
-      vocab_size=8, embed_dim=WIDTH, num_heads=2, num_kv_heads=2, head_dim=4, ffw_dim=INNER, ffn='moe',
-      dtype='bfloat16', moe=MoE(experts=EXPERTS, top_k=TOP_K, ffw_dim=INNER, balance_loss=1e-3))
+      vocab_size=8, embed_dim=WIDTH, num_heads=2, num_kv_heads=2, head_dim=4, ffw_dim=INNER,
+      ffn='moe', dtype='bfloat16',
+      moe=MoE(experts=EXPERTS, top_k=TOP_K, ffw_dim=INNER, balance_loss=1e-3))
   specs = layer.specs(cfg)
 
   def loss(params, x, segments):
@@ -59,13 +62,14 @@ def compiled(target, rows_per_device):
 
 
 def main():
-  p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  p = argparse.ArgumentParser(
+      description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   p.add_argument('targets', nargs='+', help='a TPU slice as v5e:2x4, or h200 for one of these')
   p.add_argument('--rows', type=int, default=1, help='of a device')
   o = p.parse_args()
   os.environ['JAX_PLATFORMS'] = 'cpu'
-  print('| machine | devices | tokens a device | FLOPs / ideal | buffer factor | quotient | peak GiB | collectives |\n'
-        + '|---' * 8 + '|')
+  print('| machine | devices | tokens a device | FLOPs / ideal | buffer factor | quotient '
+        '| peak GiB | collectives |\n' + '|---' * 8 + '|')
   for target in o.targets:
     done, devices, ways, tokens, flops = compiled(target, o.rows)
     text = done.as_text()
@@ -78,7 +82,8 @@ def main():
     found = collections.Counter(re.findall(COLLECTIVE, text))
     print(f'| {target} | {devices} | {tokens:,} | {share:.2f} | {ways} | {share / ways:.2f} '
           f'| {done.memory_analysis().peak_memory_in_bytes / 2**30:.2f} '
-          f'| {", ".join(f"{n} {name}" for name, n in sorted(found.items())) or "none"} |', flush=True)
+          f'| {", ".join(f"{n} {name}" for name, n in sorted(found.items())) or "none"} |',
+          flush=True)
 
 
 if __name__ == '__main__':

@@ -24,8 +24,11 @@ def child(o):
     params = param.init(jax.random.key(0), layer.specs(cfg))
     x = jax.random.normal(jax.random.key(1), (1, o.tokens, cfg.embed_dim))
     segments = jnp.ones((1, o.tokens), jnp.int32)
-    grads = jax.jit(jax.grad(lambda p, x: jnp.sum(jnp.square(layer.apply(p, cfg, x, segments)[0])), (0, 1)))
-    common.measure('ours_moe_layer', lambda: jax.block_until_ready(grads(params, x)), o.reps, o.tokens, experts=experts)
+    grads = jax.jit(jax.grad(
+        lambda p, x: jnp.sum(jnp.square(layer.apply(p, cfg, x, segments)[0])), (0, 1)))
+    common.measure(
+        'ours_moe_layer', lambda: jax.block_until_ready(grads(params, x)), o.reps, o.tokens,
+        experts=experts)
 
 
 if __name__ == '__main__':

@@ -1,7 +1,10 @@
-"""One optimiser step: forward, loss, backward, AdamW. With --experts the FFNs are mixtures of equal active width.
+"""One optimiser step: forward, loss, backward, AdamW.
 
     python benchmarks/train_step.py --preset s --peer 'PYTHON hf_lm_step.py --preset s --what dense'
-    python benchmarks/train_step.py --experts 8 --peer 'PYTHON hf_lm_step.py --what moe --backends grouped_mm --experts 8'
+    python benchmarks/train_step.py --experts 8 \
+        --peer 'PYTHON hf_lm_step.py --what moe --backends grouped_mm --experts 8'
+
+With --experts the FFNs are mixtures of equal active width.
 """
 
 import dataclasses
@@ -38,15 +41,17 @@ def child(o):
   positions = np.broadcast_to(np.arange(o.length, dtype=np.int32), tokens.shape)
   batch = jax.device_put(Batch(
       tokens=tokens, positions=positions, segments=np.ones_like(tokens), masks={'train': mask},
-      weights={'nll': mask / mask.sum()}, coef={'nll': np.float32(1)}, data={}, temperature=np.float32(1), use=np.int32(0)))
+      weights={'nll': mask / mask.sum()}, coef={'nll': np.float32(1)}, data={},
+      temperature=np.float32(1), use=np.int32(0)))
   losses = []
 
   def call():
     state[0], metrics = train_step(state[0], batch, np.float32(1e-4))
     losses.append(float(metrics['loss']))
 
-  common.measure('ours_train_step', call, o.reps, o.batch * o.length, batch=o.batch, length=o.length, experts=o.experts,
-                 parameters=param.count(specs))
+  common.measure(
+      'ours_train_step', call, o.reps, o.batch * o.length, batch=o.batch, length=o.length,
+      experts=o.experts, parameters=param.count(specs))
   assert losses[-1] < losses[0], losses
 
 

@@ -62,18 +62,19 @@ def get_config() -> ConfigDict:
 
   c.rl = ConfigDict()
   c.rl.steps = 100                     # rollout batches
-  c.rl.until = ''                      # ends the phase early: 'eval/accuracy>=0.9', asked at every evaluation
+  c.rl.until = ''                      # ends the phase early: 'eval/accuracy>=0.9' at an evaluation
   c.rl.prompts = 32                    # prompts of a rollout batch
   c.rl.group = 8                       # samples per prompt
   c.rl.max_prompt = 64                 # tokens; prompts are padded to it
   c.rl.max_tokens = 64                 # of a response, with the token that ends it
   c.rl.parts = 1                       # optimiser steps a rollout batch is divided into
   c.rl.uses = 1                        # times a rollout batch is gone through
-  c.rl.watch = False                   # log what tells of reuse gone wrong: norms of the head's gradient and of the middle
-                                       # layer's, chi-square between new and old policy, change of every layer's weights
-  c.rl.gate = ConfigDict()             # ends the reuse of a batch (arXiv:2605.19425), see rl/gate.py
-  c.rl.gate.window = 0                 # increments of the head's gradient norm it remembers, as 32; 0: no gate
-  c.rl.gate.threshold = 0.5            # deviations above their mean from which a gradient is refused
+  c.rl.watch = False                   # log what tells of reuse gone wrong: norms of the head's
+                                       # gradient and of the middle layer's, chi-square between new
+                                       # and old policy, change of every layer's weights
+  c.rl.gate = ConfigDict()             # ends reuse of a batch (arXiv:2605.19425), see rl/gate.py
+  c.rl.gate.window = 0                 # increments of the head's gradient norm kept, as 32; 0: off
+  c.rl.gate.threshold = 0.5            # deviations above their mean at which a gradient is refused
   c.rl.gate.squared = False            # the increments are those of the squared norm
   c.rl.microbatches = 1                # passes an optimiser step is divided into, to save memory
   c.rl.temperature = 1.0               # divides the logits, in sampling and training
@@ -97,17 +98,20 @@ def get_config() -> ConfigDict:
   c.rl.optimizer = optimizer(1e-4)
   c.rl.data = data('problem')
 
-  c.upcycle = ConfigDict()             # growth of the expert count during the run, see moe/upcycle.py
-  c.upcycle.at_step = 0                # of the run, inside pretrain or sft; its checkpoint is the model before. 0: never
+  c.upcycle = ConfigDict()             # growth of the expert count in the run, see moe/upcycle.py
+  c.upcycle.at_step = 0                # of the run, inside pretrain or sft; its checkpoint is the
+                                       # model before. 0: never
   c.upcycle.factor = 2                 # times as many experts in every layer
   c.upcycle.selection = 'uniform'      # whom to copy: uniform, grad_sq, saliency, fisher, weight
-  c.upcycle.score_batches = 4          # optimiser steps whose gradients are scored, on from where the data are
-  c.upcycle.allocation = 'greedy'      # of the copies by scores: greedy (the best up to cap) or weighted (drawn)
+  c.upcycle.score_batches = 4          # optimiser steps whose gradients are scored, on from where
+                                       # the data are
+  c.upcycle.allocation = 'greedy'      # by scores: greedy (the best up to cap) or weighted (drawn)
   c.upcycle.cap = 3                    # greedy: most copies of one expert; 1 is uniform
   c.upcycle.temperature = 1.0          # weighted: of softmax(score / mean score / temperature)
-  c.upcycle.noise = 1e-3               # standard deviation of what is added to the selection biases of copies
-  c.upcycle.router_noise = 0.01        # without biases: to their rows of the router, as a share of its RMS
-  c.upcycle.optimizer = 'copy'         # moments of copies: copy, reset, or scale (less the more a copy changed)
+  c.upcycle.noise = 1e-3               # standard deviation of noise on selection biases of copies
+  c.upcycle.router_noise = 0.01        # without biases: on their router rows, as a share of its RMS
+  c.upcycle.optimizer = 'copy'         # moments of copies: copy, reset, or scale (less the more a
+                                       # copy changed)
 
   c.arithmetic = ConfigDict()          # the generated task, for data of format 'arithmetic'
   c.arithmetic.digits = 2              # of an operand, at most
@@ -157,7 +161,7 @@ def text_phase() -> ConfigDict:
   """What pretraining and SFT have in common."""
   c = ConfigDict()
   c.steps = 1000                       # optimiser steps
-  c.until = ''                         # ends the phase early: 'eval/loss<=0.5', asked at every evaluation
+  c.until = ''                         # ends the phase early: 'eval/loss<=0.5' at an evaluation
   c.rows = 32                          # of a step, on all devices
   c.length = 128                       # tokens of a row
   c.microbatches = 1                   # passes an optimiser step is divided into, to save memory
@@ -195,7 +199,7 @@ def data(kind: str) -> ConfigDict:
   c.heldout_files = ()                 # for evaluation, in place of a share
   c.text = 'text'                      # field of a JSON row: plain text
   c.tokens = 'tokens'                  # field of a JSON row: list of ids
-  c.dtype = ''                         # of .bin files, as uint16; '': a '<name>.json' beside it says
+  c.dtype = ''                         # of .bin files, as uint16; '': '<name>.json' beside it says
   c.messages = 'messages'              # field of a JSON row: list of {role, content}
   c.prompt = 'prompt'                  # field of a JSON row: problem
   c.response = 'response'              # field of a JSON row: demonstration, for SFT

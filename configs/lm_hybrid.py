@@ -1,10 +1,10 @@
-"""A byte language model of three FG2-GDN+ layers to one of attention; the numbers are for Tiny Shakespeare.
+"""A byte language model of three FG2-GDN+ layers to one of attention, shown on Tiny Shakespeare.
 
     python launch/train.py --config configs/lm_hybrid.py --workdir runs/hybrid_lm \
         --config.pretrain.data.files=input.txt
 
-As lm_shakespeare.py, but for the mixers, and shorter. experiments/lm_hybrid.py compares it with pure stacks of either
-kind at equal parameters; docs/results.md has the table.
+As lm_shakespeare.py, but for the mixers, and shorter. experiments/lm_hybrid.py compares it with
+pure stacks of either kind at equal parameters; docs/results.md has the table.
 """
 
 from configs.lm_shakespeare import get_config as shakespeare

@@ -1,9 +1,10 @@
-"""A language model of plain text, byte by byte. Any text file will do; the numbers are for Tiny Shakespeare.
+"""A language model of plain text, byte by byte.
 
     python launch/train.py --config configs/lm_shakespeare.py --workdir runs/shakespeare \
         --config.pretrain.data.files=input.txt
 
-The last tenth of the file is kept for evaluation and read whole, in order. docs/results.md has time and loss.
+Any text file will do; the numbers are for Tiny Shakespeare. The last tenth of the file is kept for
+evaluation and read whole, in order. docs/results.md has time and loss.
 """
 
 from configs.base import get_config as base

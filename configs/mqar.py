@@ -1,8 +1,10 @@
-"""Multi-query associative recall, a yardstick of what a mixer can hold in its state; see data/recall.py.
+"""Multi-query associative recall, a yardstick of what a mixer's state can hold; see data/recall.py.
 
-    python launch/train.py --config configs/mqar.py --workdir runs/mqar --config.model.gdn.variant=kda
+    python launch/train.py --config configs/mqar.py --workdir runs/mqar \
+        --config.model.gdn.variant=kda
 
-Two layers, one model for all numbers of pairs. experiments/mqar.py compares mixers; docs/results.md has the table.
+Two layers, one model for all numbers of pairs. experiments/mqar.py compares mixers; docs/results.md
+has the table.
 """
 
 from configs.base import get_config as base

@@ -1,9 +1,10 @@
-"""The main job: a transformer of 0.3M parameters learns to add two numbers of two digits, from nothing.
+"""The main job: a transformer of 0.3M parameters learns to add numbers of two digits, from nothing.
 
     python launch/train.py --config configs/rl_arithmetic.py --workdir runs/arithmetic
 
-A short SFT warm-up on 1024 demonstrations, stopped while most answers are still wrong, then GRPO on other problems, with
-nothing but "right" or "wrong" as reward. The held-out problems are in neither. docs/results.md has accuracy and time.
+A short SFT warm-up on 1024 demonstrations, stopped while most answers are still wrong, then GRPO on
+other problems, with nothing but "right" or "wrong" as reward. The held-out problems are in neither.
+docs/results.md has accuracy and time.
 The control, which must not learn: --config.rl.methods=shuffled_rewards,grpo
 """
 

@@ -1,4 +1,4 @@
-"""Worked arithmetic (see rl_arithmetic_worked.py) with a hybrid stack: three FG2-GDN+ layers to one of attention.
+"""Worked arithmetic (see rl_arithmetic_worked.py), three FG2-GDN+ layers to one of attention.
 
     python launch/train.py --config configs/rl_arithmetic_hybrid.py --workdir runs/hybrid
 

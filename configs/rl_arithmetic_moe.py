@@ -1,9 +1,10 @@
-"""The main job with a mixture of experts that grows: FG2-GDN+ and attention in turn, 4 experts of which a token takes 2.
+"""The main job with a mixture of experts that grows.
 
     python launch/train.py --config configs/rl_arithmetic_moe.py --workdir runs/arithmetic_moe
 
-In the middle of SFT every expert is copied (arXiv:2604.19835), so that GRPO trains 8; the policy's forward takes the
-experts that the sampler took. docs/results.md has accuracy and time.
+FG2-GDN+ and attention in turn, 4 experts of which a token takes 2. In the middle of SFT every
+expert is copied (arXiv:2604.19835), so that GRPO trains 8; the policy's forward takes the experts
+that the sampler took. docs/results.md has accuracy and time.
 """
 
 from configs.rl_arithmetic import get_config as arithmetic

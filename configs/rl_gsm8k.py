@@ -1,12 +1,12 @@
-"""SFT, then GRPO, on files in GSM8K's own format: one JSON object per line, fields question and answer.
+"""SFT, then GRPO, on files in GSM8K's own format: a JSON object per line, question and answer.
 
     python launch/train.py --config configs/rl_gsm8k.py --workdir runs/gsm8k \
         --config.sft.data.files=train.jsonl --config.rl.data.files=train.jsonl \
         --config.sft.data.heldout_files=test.jsonl --config.rl.data.heldout_files=test.jsonl
 
-A model of this size, read byte by byte, solves no problem of GSM8K: what it can learn is to end with a line "#### number",
-which the second reward pays for. docs/results.md has time and numbers. For a model that can solve some, set the sizes,
-`tokenizer` and `init`, and drop the second reward.
+A model of this size, read byte by byte, solves no problem of GSM8K: what it can learn is to end
+with a line "#### number", which the second reward pays for. docs/results.md has time and numbers.
+For a model that can solve some, set the sizes, `tokenizer` and `init`, and drop the second reward.
 """
 
 from configs.base import get_config as base

@@ -1,4 +1,4 @@
-"""The smallest run that has everything: SFT, then RL, on sums of one digit. For tests and for trying out a change.
+"""The smallest run that has everything: SFT, then RL, on sums of one digit. For tests and trials.
 
     python launch/train.py --config configs/tiny.py --workdir runs/tiny
 

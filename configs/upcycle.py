@@ -1,11 +1,11 @@
-"""A small mixture of experts for growing: 16 experts of which a token takes 2, balanced by selection biases.
+"""A mixture of 16 experts for growing, of which a token takes 2, balanced by selection biases.
 
     python launch/train.py --config configs/upcycle.py --workdir runs/mixture \
         --config.pretrain.data.files=tokens.npy --config.pretrain.data.heldout=0.01
     python launch/upcycle.py --input runs/mixture --output runs/grown --factor 2
 
-experiments/upcycle.py makes a text whose loss falls with the number of experts, and compares ways of
-growing with training all experts from the start; docs/results.md has the table.
+experiments/upcycle.py makes a text whose loss falls with the number of experts, and compares ways
+of growing with training all experts from the start; docs/results.md has the table.
 """
 
 from configs.base import get_config as base

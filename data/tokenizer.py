@@ -113,8 +113,8 @@ class Pieces:
     self.specials = {'eos_token': eos, 'pad_token': pad} | ({'bos_token': bos} if bos else {})
     self.eos_id, self.pad_id = vocabulary[eos], vocabulary[pad]
     if strange := [i for i in end_ids if type(i) is not int or not 0 <= i < self.vocab_size]:
-      raise ValueError(f'{path}: generation_config.json names eos_token_id {strange}, the vocabulary '
-                       f'has {self.vocab_size}')
+      raise ValueError(f'{path}: generation_config.json names eos_token_id {strange}, the '
+                       f'vocabulary has {self.vocab_size}')
     self.end_ids = (self.eos_id, *(i for i in end_ids if i != self.eos_id))
     self.bos_id = vocabulary[bos] if bos and config.get('add_bos_token', True) else None
     self.chat_template = chat_template or _template(config)

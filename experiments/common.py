@@ -1,7 +1,7 @@
 """Comparisons: arms x seeds of launch/train.py, resumable; the tables and plots of docs/results.md.
 
-An arm is a config and what it overrides. Every pair of arm and seed has a workdir; one that is done is not run again,
-one that was interrupted goes on.
+An arm is a config and what it overrides. Every pair of arm and seed has a workdir; one that is done
+is not run again, one that was interrupted goes on.
 """
 
 import argparse
@@ -28,12 +28,14 @@ class Arm:
   config: str                          # as configs/mqar.py
   overrides: tuple[str, ...] = ()      # as model.gdn.variant=kda
   flags: tuple[str, ...] = ()          # as --allow_config_change
-  start: Callable | None = None        # (folder, seed) -> arguments of Python that begin the workdir
+  start: Callable | None = None        # (folder, seed) -> Python's arguments to begin the workdir
 
 
 def parser(description: str, workdir: str) -> argparse.ArgumentParser:
-  p = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-  p.add_argument('--workdir', type=Path, default=Path(workdir), help='folder of the runs; started again, it goes on')
+  p = argparse.ArgumentParser(
+      description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+  p.add_argument('--workdir', type=Path, default=Path(workdir),
+                 help='folder of the runs; started again, it goes on')
   p.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
   p.add_argument('--arms', nargs='+', help='only these')
   p.add_argument('--jobs', type=int, default=2, help='runs side by side, each on a core of its own')
@@ -50,7 +52,8 @@ def run_all(arms: Sequence[Arm], options: Any) -> None:
   cores = queue.SimpleQueue()
   for core in sorted(os.sched_getaffinity(0))[:options.jobs]:
     cores.put(core)
-  todo = [(arm, seed) for seed in options.seeds for arm in arms if not options.arms or arm.name in options.arms]
+  todo = [(arm, seed) for seed in options.seeds for arm in arms
+          if not options.arms or arm.name in options.arms]
   with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
     for done in [pool.submit(run, arm, seed, options.workdir, cores) for arm, seed in todo]:
       done.result()
@@ -65,7 +68,9 @@ def count(config: str, overrides: Sequence[str]) -> int:
 
 
 def equal(config: str, kinds: dict[str, tuple[str, ...]], widths: Sequence[int]) -> list[Arm]:
-  """An arm for each kind of model {name: overrides}, with about as many parameters as the largest has at widths[0].
+  """An arm for each kind of model {name: overrides}, with about equally many parameters.
+
+  As many as the largest has at widths[0].
 
   Args:
     widths: of the FFN, to choose from.
@@ -91,17 +96,19 @@ def run(arm: Arm, seed: int, workdir: Path, cores: queue.SimpleQueue) -> None:
   where.mkdir(parents=True, exist_ok=True)
   core, start = cores.get(), time.time()
   options = ['seed=' + str(seed), 'report=False', *arm.overrides]
-  commands = [['launch/train.py', '--config', arm.config, '--workdir', str(where.resolve()), *arm.flags,
-               *(f'--config.{x}' for x in options)]]
+  commands = [['launch/train.py', '--config', arm.config, '--workdir', str(where.resolve()),
+               *arm.flags, *(f'--config.{x}' for x in options)]]
   if arm.start and not (where / 'checkpoints').exists():
     commands.insert(0, [str(x) for x in arm.start(where.resolve(), seed)])
   try:
     for command in commands:
       with open(where / 'log.txt', 'a') as log:
-        code = subprocess.run([sys.executable, *command], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT,
-                              preexec_fn=lambda: os.sched_setaffinity(0, [core])).returncode
+        code = subprocess.run(
+            [sys.executable, *command], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT,
+            preexec_fn=lambda: os.sched_setaffinity(0, [core])).returncode
       if code:
-        raise RuntimeError(f'{arm.name} with seed {seed} ended with {code}; see {where / "log.txt"}')
+        raise RuntimeError(
+            f'{arm.name} with seed {seed} ended with {code}; see {where / "log.txt"}')
   finally:
     cores.put(core)
   mark.write_text(json.dumps({'seconds': time.time() - start}))

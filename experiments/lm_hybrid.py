@@ -2,9 +2,9 @@
 
     python experiments/lm_hybrid.py --text input.txt
 
-About 30 minutes on 2 cores. Prints the table of docs/results.md and draws docs/images/lm_hybrid.svg.
-All three have four layers and as many parameters: the FFN's width makes up for what the mixers'
-projections cost.
+About 30 minutes on 2 cores. Prints the table of docs/results.md and draws
+docs/images/lm_hybrid.svg. All three have four layers and as many parameters: the FFN's width makes
+up for what the mixers' projections cost.
 """
 
 import sys
@@ -36,16 +36,19 @@ def main() -> None:
   rows = []
   for arm in arms:
     found = [common.last(options.workdir, arm, s, 'eval/loss') for s in options.seeds]
-    rows.append((arm.name, f'{common.count(CONFIG, arm.overrides[:-1]):,}', common.mean_and_spread(found)))
+    rows.append((arm.name, f'{common.count(CONFIG, arm.overrides[:-1]):,}',
+                 common.mean_and_spread(found)))
   print(common.table(('stack', 'parameters', 'nats per byte, held out'), rows))
 
   def draw(axes):
     for arm in arms:
-      curves = [[(x['step'], x['loss']) for x in common.lines(options.workdir, arm, s) if 'loss' in x]
-                for s in options.seeds]
+      curves = [
+          [(x['step'], x['loss']) for x in common.lines(options.workdir, arm, s) if 'loss' in x]
+          for s in options.seeds]
       steps = [step for step, _ in curves[0]]
       mean = np.mean([[loss for _, loss in curve] for curve in curves], axis=0)
-      axes.plot(steps, np.convolve(np.pad(mean, 2, 'edge'), np.ones(5) / 5, 'valid'), label=arm.name)
+      axes.plot(
+          steps, np.convolve(np.pad(mean, 2, 'edge'), np.ones(5) / 5, 'valid'), label=arm.name)
     axes.set(xlabel='steps of 2,048 tokens', ylabel='training loss, nats per byte', ylim=(1.2, 2.6))
     axes.legend()
 

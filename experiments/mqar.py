@@ -2,9 +2,10 @@
 
     python experiments/mqar.py
 
-Under an hour on 2 cores. Prints the table of docs/results.md and draws docs/images/mqar.svg. The FFN's
-width makes up for what the mixers' projections cost. Attention has no short convolution, so it has to
-learn to look one token back before it can recall anything, and is shown with three times the steps too.
+Under an hour on 2 cores. Prints the table of docs/results.md and draws docs/images/mqar.svg. The
+FFN's width makes up for what the mixers' projections cost. Attention has no short convolution, so
+it has to learn to look one token back before it can recall anything, and is shown with three times
+the steps too.
 """
 
 import sys
@@ -18,7 +19,8 @@ from launch import config as config_lib  # noqa: E402
 CONFIG = 'configs/mqar.py'
 MIXERS = {
     'attention': ('model.pattern=attention',),
-    'attention, 3x steps': ('model.pattern=attention', 'sft.steps=4800', 'sft.optimizer.decay=1800'),
+    'attention, 3x steps': (
+        'model.pattern=attention', 'sft.steps=4800', 'sft.optimizer.decay=1800'),
     **{name: (f'model.gdn.variant={name}',) for name in ('gdn', 'kda', 'fg2', 'fg2_plus')},
 }
 

@@ -1,13 +1,13 @@
-"""Growing 16 experts to 32 in mid-training (arXiv:2604.19835), against having either number all along.
+"""Growing 16 experts to 32 in mid-training (arXiv:2604.19835), against having either all along.
 
     python experiments/upcycle.py
 
 About 40 minutes on 2 cores. Prints the tables of docs/results.md and draws docs/images/upcycle.svg.
 
-The text is a language of 128 words in which the two words before decide which four may follow: 16,384
-facts, more than 16 experts hold. Per seed there are two sources of 800 steps at a constant rate, with
-16 and with 32 experts. Every arm goes on from one of them, with its optimiser and on the same text, for
-25 % or 100 % of those steps, the rate falling at the end:
+The text is a language of 128 words in which the two words before decide which four may follow:
+16,384 facts, more than 16 experts hold. Per seed there are two sources of 800 steps at a constant
+rate, with 16 and with 32 experts. Every arm goes on from one of them, with its optimiser and on the
+same text, for 25 % or 100 % of those steps, the rate falling at the end:
 
   16, 32              the source as it is; 32 never was anything else
   uniform             the source of 16, every expert copied once
@@ -26,7 +26,7 @@ from experiments import common  # noqa: E402
 
 CONFIG = 'configs/upcycle.py'
 WORDS, FOLLOWERS, TOKENS, HELDOUT = 128, 4, 8_000_000, 32_768
-SOURCE, SHARES = 800, {'25 %': (200, 100), '100 %': (800, 300)}     # steps; of which the rate falls in
+SOURCE, SHARES = 800, {'25 %': (200, 100), '100 %': (800, 300)}    # steps; and those of decay
 LARGE = ('model.moe.experts=32',)
 
 
@@ -47,7 +47,8 @@ def language(folder: Path) -> tuple[str, ...]:
     np.save(files['train'], text[:-HELDOUT])
     np.save(files['heldout'], text[-HELDOUT:])
   files = {name: path.resolve() for name, path in files.items()}
-  return (f'pretrain.data.files={files["train"]}', f'pretrain.data.heldout_files={files["heldout"]}')
+  return (f'pretrain.data.files={files["train"]}',
+          f'pretrain.data.heldout_files={files["heldout"]}')
 
 
 def continued(workdir: Path, text: tuple[str, ...]) -> dict[tuple[str, str], common.Arm]:
@@ -57,14 +58,16 @@ def continued(workdir: Path, text: tuple[str, ...]) -> dict[tuple[str, str], com
     def command(folder, seed):
       source_of = common.folder(workdir, source, seed).resolve()
       if grow:
-        return ['launch/upcycle.py', '--input', source_of, '--output', folder, '--factor', '2', *grow]
+        return ['launch/upcycle.py', '--input', source_of, '--output', folder, '--factor', '2',
+                *grow]
       return ['-c', 'import shutil, sys; shutil.copytree(*sys.argv[1:])', source_of / 'checkpoints',
               folder / 'checkpoints']
     return command
 
   small, large = sources(text)
   kinds = {'16': ((), start(small)), '32': (LARGE, start(large))}
-  kinds |= {name: (LARGE, start(small, '--selection', name)) for name in ('uniform', 'grad_sq', 'fresh')}
+  kinds |= {
+      name: (LARGE, start(small, '--selection', name)) for name in ('uniform', 'grad_sq', 'fresh')}
   return {(share, name): common.Arm(
       f'{name} {share}'.replace(' %', ''), CONFIG,
       (*changes, *text, f'pretrain.steps={SOURCE + more}', f'pretrain.optimizer.decay={decay}'),
@@ -100,8 +103,8 @@ def main() -> None:
           f'{np.mean(small - large) / spread:.1f} times the larger spread of the seeds')
 
   def curve(arm):
-    runs = [[(x['step'], x['eval/loss']) for x in common.lines(options.workdir, arm, s) if 'eval/loss' in x]
-            for s in options.seeds]
+    runs = [[(x['step'], x['eval/loss']) for x in common.lines(options.workdir, arm, s)
+             if 'eval/loss' in x] for s in options.seeds]
     steps = sorted(set.intersection(*(set(step for step, _ in run) for run in runs)))
     return steps, [np.mean([dict(run)[step] for run in runs]) for step in steps]
 
@@ -109,10 +112,12 @@ def main() -> None:
     color = {name: f'C{i}' for i, name in enumerate(dict.fromkeys(name for _, name in arms))}
     for (share, name), arm in arms.items():
       long = share == '100 %'
-      axes.plot(*curve(arm), color=color[name], label=name if long else None, linestyle='-' if long else ':')
+      axes.plot(*curve(arm), color=color[name], label=name if long else None,
+                linestyle='-' if long else ':')
     for arm, name in zip(sources(text), ('16', '32')):
       axes.plot(*curve(arm), color=color[name], alpha=0.5)
-    axes.set(xlabel='steps of 4,096 tokens', ylabel='nats per word, held out', xlim=(400, None), ylim=(1.5, 2.8))
+    axes.set(xlabel='steps of 4,096 tokens', ylabel='nats per word, held out', xlim=(400, None),
+             ylim=(1.5, 2.8))
     axes.legend()
 
   common.figure(common.ROOT / 'docs/images/upcycle.svg', draw)

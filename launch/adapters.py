@@ -1,8 +1,8 @@
 """Takes the adapters out of a run: `python launch/adapters.py --workdir runs/x --peft out/adapter`.
 
---peft writes a folder that `peft.PeftModel.from_pretrained` reads on top of the public model they were
-trained on. --merged writes a checkpoint of the model without adapters that computes the same, for
---config.init, launch/generate.py and everything else that reads a checkpoint.
+--peft writes a folder that `peft.PeftModel.from_pretrained` reads on top of the public model they
+were trained on. --merged writes a checkpoint of the model without adapters that computes the same,
+for --config.init, launch/generate.py and everything else that reads a checkpoint.
 """
 
 import argparse
@@ -61,7 +61,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
   p = cli.parser(__doc__)
   p.add_argument('--workdir', required=True, help='folder of a run with adapters, or of a step')
   p.add_argument('--step', type=int, default=None, help='of the checkpoint; default: the newest')
-  p.add_argument('--mesh', default='data=1', help='with --merged: devices to load it onto, as fsdp=2')
+  p.add_argument(
+      '--mesh', default='data=1', help='with --merged: devices to load it onto, as fsdp=2')
   p.add_argument('--base', default='', help='with --peft: name of the model without adapters')
   kinds = p.add_mutually_exclusive_group(required=True)
   kinds.add_argument('--peft', default='', help='folder to write in the format of peft')

@@ -333,8 +333,8 @@ def find(path: str | Path) -> Path:
       raise ValueError(f'{path} is a workdir without a whole checkpoint')
     return path / FOLDER / str(steps[-1])
   if hf_files.is_folder(path):
-    raise ValueError(f'{path} is a Hugging Face folder, and a checkpoint is wanted; launch/convert.py '
-                     'makes one of it')
+    raise ValueError(f'{path} is a Hugging Face folder, and a checkpoint is wanted; '
+                     'launch/convert.py makes one of it')
   raise ValueError(f'{path} is no checkpoint: a workdir has a folder {FOLDER}, a step folder has '
                    'state and meta')
 

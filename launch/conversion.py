@@ -36,7 +36,8 @@ def to_checkpoint(
   specs, sizes = model.specs(known.cfg), talk.mesh_sizes(mesh)
   places = param.flat(param.shardings(specs, mesh_lib.make_mesh(sizes), dict(known.cfg.rules)))
   params = param.unflat({
-      path: opened.array(path, jax.ShapeDtypeStruct(s.shape, opened.dtype(path), sharding=places[path]))
+      path: opened.array(
+          path, jax.ShapeDtypeStruct(s.shape, opened.dtype(path), sharding=places[path]))
       for path, s in param.flat(specs).items()})
   cfg, origin = known.cfg, known.origin
   if warm_start:
@@ -68,7 +69,7 @@ def to_public(source: str, target: str, dtype: str = '', tokenizer: str = '') ->
   tokenizer = tokenizer or known.tokenizer
   with checkpoint.reader(source) as array:
     merged = lora.merging(array, model.specs(known.cfg), known.cfg.lora)
-    hf_files.save(target, known.cfg, lambda path: np.asarray(merged(path)), origin=known.origin, kind=kind,
-                  tokenizer='' if tokenizer == 'bytes' else tokenizer,
-                  ids=models.special_ids(tokenizer))
+    hf_files.save(
+        target, known.cfg, lambda path: np.asarray(merged(path)), origin=known.origin, kind=kind,
+        tokenizer='' if tokenizer == 'bytes' else tokenizer, ids=models.special_ids(tokenizer))
   return param.count(lora.base(model.specs(known.cfg)))

@@ -36,7 +36,8 @@ def parse(arguments: list[str]):
   p.add_argument('--from-hf', default='', help='Hugging Face folder to read')
   p.add_argument('--to', default='', help='checkpoint to write; must not exist')
   p.add_argument('--drop', action='append', default=[],
-                 help="pattern of tensors to leave out, as 'model.mtp.*'; may be given several times")
+                  help="pattern of tensors to leave out, as 'model.mtp.*'; "
+                       'may be given several times')
   p.add_argument('--warm-start', default='', choices=('', 'kda', 'fg2', 'fg2_plus', 'gdn2'),
                  help='variant that layers of Gated DeltaNet or KDA become; the same function')
   p.add_argument('--mesh', default='data=1', help='devices along mesh axes, for instance fsdp=4')

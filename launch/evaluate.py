@@ -1,10 +1,12 @@
-"""Evaluates a model: `python launch/evaluate.py --model runs/x --task gsm8k --files test.jsonl --output out`.
+"""Evaluates a model on tasks.
+
+    python launch/evaluate.py --model runs/x --task gsm8k --files test.jsonl --output out
 
     task           rows                             the model is to
     gsm8k          question, answer                 answer; right if mathematically equivalent
     math           prompt, answer                   the same
     exact          prompt, answer                   answer; right if the same text
-    choice         prompt, choices, answer (index)  find the right choice likeliest, raw and per token
+    choice         prompt, choices, answer (index)  find the right one likeliest, raw and per token
     choice_letter  prompt, choices, answer (index)  name the right choice's letter
     perplexity     text, or a plain text file       expect the text
 
@@ -58,7 +60,8 @@ def main(arguments: list[str]) -> int:
   with files.whole(folder / 'metrics.json') as out:
     out.write(json.dumps({
         'tasks': {name: numbers for name, (numbers, _) in results.items()},
-        'step': speaker.step, 'options': vars(options), **checkpoint.provenance()}, indent=1).encode())
+        'step': speaker.step, 'options': vars(options), **checkpoint.provenance(),
+    }, indent=1).encode())
   return 0
 
 

@@ -148,8 +148,10 @@ def with_model(run: phases.Run, cfg: Any) -> phases.Run:
   return dataclasses.replace(run, cfg=cfg, specs=model.specs(cfg))
 
 
-def optimizer_of(s: Source, run: phases.Run) -> tuple[Any, step_lib.TrainState, step_lib.TrainState]:
-  """Optimiser of the checkpoint's phase; shardings and abstract state, with the model of the run."""
+def optimizer_of(
+    s: Source, run: phases.Run,
+) -> tuple[Any, step_lib.TrainState, step_lib.TrainState]:
+  """The checkpoint's phase's optimiser; shardings and abstract state, with the model of the run."""
   tx, _, shardings = phases.build_optimizer(run, s.stored[s.meta['phase']], 1)
   return tx, shardings, phases.abstract(run.specs, tx, shardings)
 
@@ -230,7 +232,7 @@ def write(s: Source, after: phases.Run, changes: Mapping[str, Any], state: step_
 # ---- What became of the copies
 
 def compare(workdir: str, overrides: Sequence[tuple[str, str]]) -> str:
-  """A table of how like their originals the copies are in every checkpoint; also as a page there."""
+  """A table of how like their originals copies are in every checkpoint; also as a page there."""
   folder, found = Path(workdir), growth.read(Path(workdir))
   index, values = growth.index_of(found), {}
   for step in checkpoint.whole_steps(folder / checkpoint.FOLDER):

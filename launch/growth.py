@@ -216,7 +216,7 @@ def document(*, step: int, origin: str, how: Mapping[str, Any], cfg: ModelConfig
 
 
 def copies(index: np.ndarray) -> np.ndarray:
-  """How many experts of the grown model are grown from each of the E before: [..., m E] -> [..., E]."""
+  """How many of the grown model's experts are grown from each of the E: [..., m E] -> [..., E]."""
   return np.apply_along_axis(np.bincount, -1, index, None, index.max() + 1)
 
 

@@ -109,9 +109,9 @@ def tensors(folder: str | Path, drop: Sequence[str] = ()) -> dict[str, Stored]:
   if not files:
     if found := sorted(p.name for pattern in PICKLES for p in folder.glob(pattern)):
       raise ValueError(
-          f'{folder} has {", ".join(found[:3])} and no safetensors. Files of that kind are pickles, '
-          'which run whatever code is in them when they are opened, and are never read; have '
-          'transformers save them again, as safetensors')
+          f'{folder} has {", ".join(found[:3])} and no safetensors. Files of that kind are '
+          'pickles, which run whatever code is in them when they are opened, and are never read; '
+          'have transformers save them again, as safetensors')
     raise ValueError(f'{folder} has no safetensors')
   all_found = {}
   for path in files:
@@ -289,7 +289,8 @@ def _allocate(
     shards[-1].append(name)
   stored, one = {}, len(shards) == 1
   for i, names in enumerate(shards, 1):
-    path = folder / ('model.safetensors' if one else f'model-{i:05}-of-{len(shards):05}.safetensors')
+    path = folder / (
+        'model.safetensors' if one else f'model-{i:05}-of-{len(shards):05}.safetensors')
     header, end = {'__metadata__': {'format': 'pt'}}, 0
     # The widest first, as the format's own library puts them: so every tensor is aligned.
     for name in sorted(names, key=lambda n: (-DTYPES[shapes[n][0]].itemsize, n)):

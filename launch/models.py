@@ -108,5 +108,6 @@ def special_ids(tokenizer: str) -> dict[str, int]:
   if not tokenizer:
     return {}
   loaded = tokenizer_lib.load(tokenizer)
-  ids = {'bos_token_id': loaded.bos_id, 'eos_token_id': loaded.eos_id, 'pad_token_id': loaded.pad_id}
+  ids = {
+      'bos_token_id': loaded.bos_id, 'eos_token_id': loaded.eos_id, 'pad_token_id': loaded.pad_id}
   return {name: i for name, i in ids.items() if i is not None}

@@ -90,7 +90,8 @@ def build_watch(run: Any, c: Any) -> Callable | None:
     return None
   head = run.specs.get('unembed', run.specs['embed'])['table']
   if not head.trainable:
-    raise ValueError('rl.watch and rl.gate measure the gradient of the output head, which is not trained here')
+    raise ValueError(
+        'rl.watch and rl.gate measure the gradient of the output head, which is not trained here')
   middle = f'layer {len(run.cfg.layers) // 2}'
 
   def watch(grads: Any, metrics: dict) -> dict:
@@ -98,7 +99,8 @@ def build_watch(run: Any, c: Any) -> Callable | None:
     out = {'grad_norm/head': jnp.sqrt(sums['unembed']), 'grad_norm/middle': jnp.sqrt(sums[middle])}
     if 'shift/pull' in metrics:
       most = jnp.square(metrics['shift']) * metrics['shift/pull']
-      out['shift/bound'] = jnp.where(most > 0, sums['unembed'] / jnp.where(most > 0, most, 1) - 1, 0)
+      out['shift/bound'] = jnp.where(
+          most > 0, sums['unembed'] / jnp.where(most > 0, most, 1) - 1, 0)
     return out
 
   return watch
@@ -125,7 +127,7 @@ def with_drift(run: Any, evaluate: Callable | None) -> Callable:
 
 
 def build_reference(run: Any, c: Any, method: Method) -> Callable:
-  """enter(params, begins): puts the reference policy in its place, if the method or rl.watch asks for it.
+  """enter(params, begins): puts the reference policy in place, if the method or rl.watch needs it.
 
   It is written into the workdir when the phase begins, and found there on resume.
   """

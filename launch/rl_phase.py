@@ -65,7 +65,8 @@ def shift_term(policy: Term) -> Term:
     return jnp.ones_like(view.mask), {
         'chi2': jnp.square(ratio) - 1, 'pull': jnp.square(view.batch.advantage) * pull}
 
-  return Term('shift', value, (LOGP, old, PULL), policy.aggregate, policy.mask, coef=lambda record: 0.0)
+  return Term(
+      'shift', value, (LOGP, old, PULL), policy.aggregate, policy.mask, coef=lambda record: 0.0)
 
 
 def watched(method: Method, shift: bool = False) -> Method:

@@ -94,8 +94,8 @@ def resolve(
 def score(same: list[Score], record: Record, engine: Engine) -> dict:
   """One pass without gradient for all requests of a source and context; 0 outside scored tokens.
 
-  The sampler's routes are the policy's for the rows as they are: other weights choose for themselves,
-  and so do other contexts.
+  The sampler's routes are the policy's for the rows as they are: other weights choose for
+  themselves, and so do other contexts.
   """
   rows, context, source = record.rows, same[0].context, same[0].source
   wants = tuple(sorted({r.want for r in same}))

@@ -1,4 +1,6 @@
-"""Scores texts by a model: `python launch/score.py --model runs/x --input x.jsonl --output y.jsonl`.
+"""Scores texts by a model.
+
+    python launch/score.py --model runs/x --input x.jsonl --output y.jsonl
 
 A row of the input (.jsonl, also .gz or .zst) has 'text', 'tokens' (ids), 'prompt' and 'response',
 of which the response is scored, or 'messages', of which the assistant's are. Nothing is appended to

@@ -1,4 +1,4 @@
-"""Log-probabilities of texts of any length, worked off in batches of few lengths, and rows of them."""
+"""Log-probabilities of texts of any length, in batches of few lengths, and rows of them."""
 
 from collections.abc import Callable, Sequence
 

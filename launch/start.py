@@ -155,7 +155,7 @@ def fresh_state(built: Built, params: Any, updates: Any) -> step_lib.TrainState:
 
 def grow(built: Built, state: step_lib.TrainState, memory: dict, log: metrics.Logger,
          ) -> step_lib.TrainState:
-  """The state with which the second part of a growing phase begins; says in the workdir what it did.
+  """The state with which a growing phase's second part begins; says in the workdir what it did.
 
   Args:
     state, memory: at the end of the first part. The checkpoint of this step holds them, so that a
@@ -254,8 +254,9 @@ def describe(run: Run, built: list[Built], saved: dict | None) -> list[tuple[str
               for b in built for size, window in reaches(run.cfg)}
     kind = f'auto: {", ".join(sorted(chosen)) or "no layer attends"}'
   linear = [('fg2_gdn', recurrence(run.cfg))] if any(m == 'gdn' for m, _ in run.cfg.layers) else []
-  grows = [('growth', f'at step {b.phase.first}, from {b.growth.before.run.cfg.moe.experts} to '
-                      f'{b.run.cfg.moe.experts} experts a layer, {param.count(largest):,} parameters')
+  grows = [('growth', f'at step {b.phase.first}, from {b.growth.before.run.cfg.moe.experts} '
+                      f'to {b.run.cfg.moe.experts} experts a layer, '
+                      f'{param.count(largest):,} parameters')
            for b in built if b.growth]
   adapters = []
   if run.cfg.lora.rank:

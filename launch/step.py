@@ -232,7 +232,7 @@ def make_train_step(
 
 
 def route_metrics(own: dict[int, jax.Array], batch: Batch) -> dict[str, jax.Array]:
-  """How often routers choose other experts than the sampler took, replayed or not: sums for `means`.
+  """How often routers choose otherwise than the sampler did, replayed or not: sums for `means`.
 
   Of the trained tokens that the sampler read, in every layer.
 

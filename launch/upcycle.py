@@ -3,7 +3,7 @@
 runs/y is then a run that stands where runs/x did: the same step, data, parameters and moments, but
 --factor times as many experts in every layer (moe/upcycle.py). It goes on with
 
-    python launch/train.py --config <the same> --config.model.moe.experts=<as printed> --workdir runs/y
+    python launch/train.py --config <the same> --config.model.moe.experts=<printed> --workdir runs/y
 
 or is what another run begins with (--config.init=runs/y). upcycle.json and upcycle.svg say which
 expert was copied how often. Scores from gradients take batches of the data of the checkpoint's own
@@ -57,13 +57,15 @@ def parse(arguments: list[str]):
   p.add_argument('--config', default='', help="for gradients, in place of the checkpoint's own")
   for name in OPTIONS:
     p.add_argument(f'--{name}', help=f'see upcycle.{name} in configs/base.py')
-  p.add_argument('--seed', type=int, help="of noise and draws; that of the checkpoint's run if not given")
+  p.add_argument(
+      '--seed', type=int, help="of noise and draws; that of the checkpoint's run if not given")
   p.add_argument('--dense', action='store_true', help='the checkpoint is dense: make it a mixture')
   p.add_argument('--experts', type=int, default=0, help='with --dense: of a layer')
   p.add_argument('--top_k', type=int, default=0, help='with --dense: experts of a token')
   p.add_argument('--slices', type=int, default=1,
                  help='with --dense: an expert is such a part of the FFN')
-  p.add_argument('--compare', default='', help='workdir whose copies are compared with their sources')
+  p.add_argument(
+      '--compare', default='', help='workdir whose copies are compared with their sources')
   o = p.parse_args(arguments)
   if bool(o.compare) == bool(o.input or o.output) or bool(o.input) != bool(o.output):
     raise ValueError('wanted --input and --output, or --compare')

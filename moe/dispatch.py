@@ -1,10 +1,11 @@
-"""Rows of tokens to the experts and back: on one device, and between the devices of the expert axis.
+"""Rows of tokens to the experts and back: on a device, and between those of the expert axis.
 
-N tokens and K experts of each on this device, M = N K rows, E experts, D model width. P devices on the expert axis, each
-with L = E / P experts.
+N tokens and K experts of each on this device, M = N K rows, E experts, D model width. P devices on
+the expert axis, each with L = E / P experts.
 
-Rows are sorted by expert and nothing is dropped: every buffer holds the worst case. Moving rows is linear, and the reverse
-of every movement here is another one of them; so gradients are moved as rows are, and never scattered.
+Rows are sorted by expert and nothing is dropped: every buffer holds the worst case. Moving rows is
+linear, and the reverse of every movement here is another one of them; so gradients are moved as
+rows are, and never scattered.
 """
 
 import functools
@@ -16,7 +17,8 @@ import jax.numpy as jnp
 
 from kernels.attention import platform
 
-Compute = Callable[[jax.Array, jax.Array], jax.Array]      # (rows [M, D] sorted by expert, sizes [L]) -> [M, D]
+# (rows [M, D] sorted by expert, sizes [L]) -> [M, D]
+Compute = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 class Order(NamedTuple):
@@ -28,7 +30,8 @@ class Order(NamedTuple):
 def sort(keys: jax.Array) -> Order:
   """The stable order of keys [M] int32."""
   source = jnp.argsort(keys, stable=True).astype(jnp.int32)
-  target = jnp.zeros_like(source).at[source].set(jnp.arange(len(keys), dtype=jnp.int32), unique_indices=True)
+  target = jnp.zeros_like(source).at[source].set(
+      jnp.arange(len(keys), dtype=jnp.int32), unique_indices=True)
   return Order(source, target)
 
 
@@ -39,7 +42,7 @@ def take(x: jax.Array, index: jax.Array, back: jax.Array) -> jax.Array:
   Args:
     x: [N, D].
     index: [M] int32.
-    back: [N, J] int32, the J places of the result where each row of x went: what the gradient is read from.
+    back: [N, J] int32, the J places each row of x went to, where its gradient is read.
   """
   del back
   return jnp.take(x, index, axis=0)
@@ -57,7 +60,9 @@ def _take_backward(back, grad):
 take.defvjp(_take_forward, _take_backward)
 
 
-def local(x: jax.Array, experts: jax.Array, gates: jax.Array, sizes: jax.Array, compute: Compute) -> jax.Array:
+def local(
+    x: jax.Array, experts: jax.Array, gates: jax.Array, sizes: jax.Array, compute: Compute,
+) -> jax.Array:
   """Every token through its experts, as far as they are here.
 
   Args:
@@ -79,9 +84,10 @@ def local(x: jax.Array, experts: jax.Array, gates: jax.Array, sizes: jax.Array, 
 
 
 def exchanged(compute: Compute, axis: str, num_experts: int) -> Compute:
-  """compute for rows of all E experts, which lie over the devices of a mesh axis; to be called inside shard_map.
+  """`compute` for rows of all E experts, which lie over the devices of a mesh axis.
 
-  A device's buffer has room for all rows of all P devices, should they all want its experts.
+  To be called inside shard_map. A device's buffer has room for all rows of all P devices, should
+  they all want its experts.
   """
   devices = jax.lax.axis_size(axis)
   held = num_experts // devices
@@ -89,8 +95,9 @@ def exchanged(compute: Compute, axis: str, num_experts: int) -> Compute:
   def run(rows, sizes):
     counts = jax.lax.all_gather(sizes, axis).reshape(devices, devices, held)     # from, to, expert
     lanes = jnp.sum(counts, axis=2)
-    mine = jax.lax.dynamic_index_in_dim(counts, jax.lax.axis_index(axis), 1, keepdims=False)   # [P, L]
-    received = send(axis, rows, lanes)                                           # [P M, D], a lane of M per sender
+    mine = jax.lax.dynamic_index_in_dim(
+        counts, jax.lax.axis_index(axis), 1, keepdims=False)                     # [P, L]
+    received = send(axis, rows, lanes)             # [P M, D], a lane of M per sender
     bounds = jnp.cumsum(mine, axis=1)
     expert = jax.vmap(lambda b: jnp.searchsorted(b, jnp.arange(len(rows)), side='right'))(bounds)
     order = sort(expert.reshape(-1).astype(jnp.int32))
@@ -102,7 +109,9 @@ def exchanged(compute: Compute, axis: str, num_experts: int) -> Compute:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def send(axis: str, rows: jax.Array, lanes: jax.Array) -> jax.Array:
-  """Rows to the devices that want them: [M, D] -> [P M, D], a lane of M rows for every sender, zeros behind what it sent.
+  """Rows to the devices that want them: [M, D] -> [P M, D].
+
+  The result has a lane of M rows for every sender, with zeros behind what it sent.
 
   Args:
     rows: in the order of the devices they go to; rows that go nowhere are last.
@@ -113,7 +122,8 @@ def send(axis: str, rows: jax.Array, lanes: jax.Array) -> jax.Array:
   if platform() != 'cpu':
     target = jnp.full(devices, me * num_rows, jnp.int32)
     buffer = jnp.zeros((devices * num_rows, rows.shape[1]), rows.dtype)
-    return jax.lax.ragged_all_to_all(rows, buffer, begin, lanes[me], target, lanes[:, me], axis_name=axis)
+    return jax.lax.ragged_all_to_all(
+        rows, buffer, begin, lanes[me], target, lanes[:, me], axis_name=axis)
   place = jnp.arange(num_rows)
   lane = jnp.take(rows, begin[:, None] + place, axis=0, mode='clip')
   lane = jnp.where((place < lanes[me][:, None])[..., None], lane, 0)
@@ -124,12 +134,14 @@ def send(axis: str, rows: jax.Array, lanes: jax.Array) -> jax.Array:
 def send_back(axis: str, rows: jax.Array, lanes: jax.Array) -> jax.Array:
   """The reverse of `send`: [P M, D] -> [M, D], zeros for rows that went nowhere."""
   devices, me, num_rows = len(lanes), jax.lax.axis_index(axis), len(rows) // len(lanes)
-  begin = jnp.cumsum(lanes, axis=1) - lanes                # where a device's rows for another one begin
+  begin = jnp.cumsum(lanes, axis=1) - lanes      # where a device's rows for another one begin
   if platform() != 'cpu':
     source = jnp.arange(devices, dtype=jnp.int32) * num_rows
     buffer = jnp.zeros((num_rows, rows.shape[1]), rows.dtype)
-    return jax.lax.ragged_all_to_all(rows, buffer, source, lanes[:, me], begin[:, me], lanes[me], axis_name=axis)
-  lane = jax.lax.all_to_all(rows.reshape(devices, num_rows, -1), axis, 0, 0).reshape(devices * num_rows, -1)
+    return jax.lax.ragged_all_to_all(
+        rows, buffer, source, lanes[:, me], begin[:, me], lanes[me], axis_name=axis)
+  lane = jax.lax.all_to_all(
+      rows.reshape(devices, num_rows, -1), axis, 0, 0).reshape(devices * num_rows, -1)
   place = jnp.arange(num_rows)
   device = jnp.searchsorted(jnp.cumsum(lanes[me]), place, side='right')
   safe = jnp.minimum(device, devices - 1)

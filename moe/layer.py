@@ -1,6 +1,7 @@
-"""The mixture-of-experts feed-forward layer: SwiGLU experts, of which every token goes through the K its router chooses.
+"""The mixture-of-experts feed-forward layer: of SwiGLU experts a router chooses K for every token.
 
-B rows, T positions, D model width, E experts, K experts of a token, F inner width of an expert, S of the shared one.
+B rows, T positions, D model width, E experts, K experts of a token, F inner width of an expert, S
+of the shared one.
 """
 
 import dataclasses
@@ -25,7 +26,10 @@ def inner_dim(cfg: ModelConfig) -> int:
 
 
 def specs(cfg: ModelConfig) -> dict[str, Spec]:
-  """The router and its bias are no matrices of the table: they stay float32 in decoding, so that both sides choose alike."""
+  """The router and its bias are no matrices of the table, and stay float32 in decoding.
+
+  So both sides choose alike.
+  """
   sizes = {'expert': cfg.moe.experts, 'embed': cfg.embed_dim, 'ffw': inner_dim(cfg)}
   small = (2 * len(cfg.layers)) ** -0.5
   router_init = param.normal(cfg.embed_dim ** -0.5)
@@ -50,23 +54,25 @@ def specs(cfg: ModelConfig) -> dict[str, Spec]:
 
 
 def apply(
-    params: dict, cfg: ModelConfig, x: jax.Array, segments: jax.Array, routes: jax.Array | None = None,
+    params: dict, cfg: ModelConfig, x: jax.Array, segments: jax.Array,
+    routes: jax.Array | None = None,
 ) -> tuple[jax.Array, dict]:
   """scale * sum_k gate_k expert_k(x), and the shared expert.
 
   Args:
     x: [B, T, D] in the compute dtype.
-    segments: [B, T] int32; 0 is padding, which goes to no expert and counts in no load and no loss.
-    routes: [B, T, K] integers, experts to take instead of choosing; -1 where there is nothing to replay.
+    segments: [B, T] int32; 0 is padding: it goes to no expert and counts in no load or loss.
+    routes: [B, T, K] integers, experts to take instead of choosing; -1 where none is replayed.
 
   Returns:
-    [B, T, D], and what there is to report: routes [B, T, K] int32 (-1 at padding), own_routes likewise (what the router
-    chose), load [E] int32, and the auxiliary losses, already times their coefficients: means over all tokens of the
-    batch, on all devices.
+    [B, T, D], and what there is to report: routes [B, T, K] int32 (-1 at padding), own_routes
+    likewise (what the router chose), load [E] int32, and the auxiliary losses, already times their
+    coefficients: means over all tokens of the batch, on all devices.
   """
   if routes is None:
     routes = jnp.full((*segments.shape, cfg.moe.top_k), -1, jnp.int32)
-  experts = {name: params[name] for name in ('router', 'bias', 'gate', 'up', 'down') if name in params}
+  experts = {
+      name: params[name] for name in ('router', 'bias', 'gate', 'up', 'down') if name in params}
   experts = {name: w.merged() if isinstance(w, Adapted) else w for name, w in experts.items()}
   y, routes, stats = split_over_devices(cfg, experts, x, segments, routes)
   extras = {'aux_loss': router.losses(stats, cfg.moe), 'load': stats['load'], **routes}
@@ -86,7 +92,7 @@ def shared(params: dict, cfg: ModelConfig, x: jax.Array) -> jax.Array:
 
 
 def logits(x: jax.Array, w: jax.Array) -> jax.Array:
-  """x @ w in float32 and in full, which the default is not on every platform: [..., D], [D, O] -> [..., O]."""
+  """[..., D], [D, O] -> [..., O] in full float32, which is not the default on every platform."""
   with jax.default_matmul_precision('highest'):
     return linear(x.astype(jnp.float32), w)
 
@@ -94,7 +100,7 @@ def logits(x: jax.Array, w: jax.Array) -> jax.Array:
 def split_over_devices(
     cfg: ModelConfig, params: dict, x: jax.Array, segments: jax.Array, routes: jax.Array,
 ) -> tuple[jax.Array, dict, dict]:
-  """`routed` on every device's tokens and experts; its result, with the statistics of all tokens."""
+  """`routed` on every device's tokens and experts; its result, and statistics of all tokens."""
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.size <= 1 or cfg.moe.dispatch == 'global':
     if mesh.size > 1 and cfg.moe.matmul == 'auto':     # the compiler can split loops, and no kernel
@@ -106,22 +112,24 @@ def split_over_devices(
   expert, ffw = axes('expert', cfg.moe.experts), axes('ffw', inner_dim(cfg))
   wanted = math.prod(mesh.shape.get(name, 1) for name in dict(cfg.rules)['expert'])
   if len(expert) > 1 or (wanted > 1 and not expert):
-    raise ValueError(f'model.moe.experts {cfg.moe.experts} must be a multiple of the {wanted} devices they are split over, '
-                     f'and these one axis of the mesh; the rule says {dict(cfg.rules)["expert"]}')
+    raise ValueError(
+        f'model.moe.experts {cfg.moe.experts} must be a multiple of the {wanted} devices they are '
+        f'split over, and these one axis of the mesh; the rule says {dict(cfg.rules)["expert"]}')
   tokens = PartitionSpec(batch or None, time or None)
   wide = PartitionSpec(expert or None, None, ffw or None)
   places = {'router': PartitionSpec(), 'bias': PartitionSpec(), 'gate': wide, 'up': wide,
             'down': PartitionSpec(expert or None, ffw or None, None)}
   body = functools.partial(routed, cfg=cfg, rows=batch + time, expert=expert, ffw=ffw)
   y, routes, stats = jax.shard_map(
-      body, check_vma=False, in_specs=({name: places[name] for name in params}, tokens, tokens, tokens),
+      body, check_vma=False,
+      in_specs=({name: places[name] for name in params}, tokens, tokens, tokens),
       out_specs=(tokens, tokens, PartitionSpec(batch + time or None)))(params, x, segments, routes)
   return y, routes, jax.tree.map(lambda a: jnp.sum(a, axis=0), stats)
 
 
 def routed(
-    params: dict, x: jax.Array, segments: jax.Array, routes: jax.Array, *, cfg: ModelConfig, rows: tuple[str, ...],
-    expert: tuple[str, ...], ffw: tuple[str, ...],
+    params: dict, x: jax.Array, segments: jax.Array, routes: jax.Array, *, cfg: ModelConfig,
+    rows: tuple[str, ...], expert: tuple[str, ...], ffw: tuple[str, ...],
 ) -> tuple[jax.Array, dict, dict]:
   """The routed experts for the tokens of one device.
 
@@ -134,7 +142,8 @@ def routed(
   """
   num_rows, length, width = x.shape
   flat, real = x.reshape(-1, width), segments.reshape(-1) != 0
-  choice = router.route(logits(flat, params['router']), params.get('bias'), cfg.moe, routes.reshape(len(flat), -1))
+  choice = router.route(
+      logits(flat, params['router']), params.get('bias'), cfg.moe, routes.reshape(len(flat), -1))
   stats = router.statistics(choice, real)
   chosen, sizes = jnp.where(real[:, None], choice.experts, cfg.moe.experts), stats['load']
   compute = functools.partial(feed_forward, params, cfg.moe.matmul)
@@ -145,7 +154,8 @@ def routed(
     held = cfg.moe.experts // jax.lax.axis_size(expert[0])
     first = jax.lax.axis_index(expert[0]) * held
     here = (chosen >= first) & (chosen < first + held)
-    chosen, sizes = jnp.where(here, chosen - first, held), jax.lax.dynamic_slice_in_dim(sizes, first, held)
+    chosen, sizes = (
+        jnp.where(here, chosen - first, held), jax.lax.dynamic_slice_in_dim(sizes, first, held))
   y = dispatch.local(flat, chosen, choice.gates, sizes, compute)
   if partial := ffw + (() if apart else expert):
     y = jax.lax.psum(y, partial)

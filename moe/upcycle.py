@@ -1,10 +1,13 @@
-"""Growing the experts of a trained model (arXiv:2604.19835), and making a mixture of a dense one (arXiv:2212.05055).
+"""Growing the experts of a trained model, and making a mixture of a dense one.
 
-E experts become m E; K, the experts of a token, stays, and with it the work per token. A layer here is the entry of the
-parameter table that holds a router and its experts, by name ('blocks/0/ffn'); where the table is stacked over R repeats,
-each of them has experts, scores and copies of its own, and arrays [E, ...] below are [R, E, ...].
+The first is arXiv:2604.19835, the second arXiv:2212.05055. E experts become m E; K, the experts of
+a token, stays, and with it the work per token. A layer here is the entry of the parameter table
+that holds a router and its experts, by name ('blocks/0/ffn'); where the table is stacked over R
+repeats, each of them has experts, scores and copies of its own, and arrays [E, ...] below are
+[R, E, ...].
 
-What is copied from where is one index array per layer. Parameters, averages of them and optimiser moments are all grown by it.
+What is copied from where is one index array per layer. Parameters, averages of them and optimiser
+moments are all grown by it.
 """
 
 import dataclasses
@@ -21,7 +24,7 @@ from nn import param
 from nn.config import MoE
 from nn.param import Spec, Tree
 
-FIRST = ('gate', 'up')                 # the first matrix of an expert, which scores look at unless told otherwise
+FIRST = ('gate', 'up')                 # an expert's first matrix: what scores look at by default
 SELECTIONS = ('uniform', 'fresh', 'grad_sq', 'saliency', 'fisher', 'weight')
 OPTIMIZERS = ('copy', 'reset', 'scale')
 
@@ -49,16 +52,20 @@ def scores(
   """What every expert is worth copying, {layer: [E] float64}.
 
   Args:
-    kind: grad_sq, |g|^2; saliency, |W| |g|; fisher, |g|^2 / (|v| + 1e-8); weight, |W|. Norms are over all of an expert's
-      `arrays` together.
-    params, grads, second: W, its gradient, accumulated over one optimiser step, and Adam's mean square v; each is needed by
-      the kinds that name it only. Several batches: `average` of their scores.
+    kind: grad_sq, |g|^2; saliency, |W| |g|; fisher, |g|^2 / (|v| + 1e-8); weight, |W|. Norms are
+      over all of an expert's `arrays` together.
+    params, grads, second: W, its gradient, accumulated over one optimiser step, and Adam's mean
+      square v; each is needed by the kinds that name it only. Several batches: `average` of their
+      scores.
   """
-  needed = {'grad_sq': (grads,), 'saliency': (params, grads), 'fisher': (grads, second), 'weight': (params,)}
+  needed = {
+      'grad_sq': (grads,), 'saliency': (params, grads), 'fisher': (grads, second),
+      'weight': (params,)}
   if kind not in needed:
     raise ValueError(f'unknown scores {kind!r}; known are {", ".join(needed)}')
   if any(tree is None for tree in needed[kind]):
-    raise ValueError(f'scores {kind!r} need {"gradients and second moments" if kind == "fisher" else "gradients"}')
+    raise ValueError(f'scores {kind!r} need '
+                     f'{"gradients and second moments" if kind == "fisher" else "gradients"}')
   squares = [expert_squares(tree, specs, arrays) for tree in needed[kind]]
   if kind == 'grad_sq':
     return squares[0]
@@ -79,7 +86,8 @@ def expert_squares(tree: Tree, specs: Tree, arrays: Sequence[str]) -> dict[str, 
     if last in arrays and 'expert' in table[name].axes:
       kept = [table[name].axes.index(a) for a in ('layers', 'expert') if a in table[name].axes]
       others = tuple(i for i in range(len(table[name].shape)) if i not in kept)
-      out[layer] = out.get(layer, 0) + np.asarray(dots(leaves[name], leaves[name], others), np.float64)
+      out[layer] = out.get(layer, 0) + np.asarray(
+          dots(leaves[name], leaves[name], others), np.float64)
   return out
 
 
@@ -101,25 +109,33 @@ def uniform(num_experts: int, num_new: int) -> np.ndarray:
 
 
 def greedy(score: np.ndarray, num_new: int, cap: int) -> np.ndarray:
-  """The best expert until it has `cap` copies, then the next; all once more if that is not enough. [E] -> [num_new] int."""
+  """The best expert until it has `cap` copies, then the next: [E] -> [num_new] int.
+
+  All once more if that is not enough.
+  """
   order = np.argsort(-score, kind='stable')
   return np.resize(np.repeat(order, cap), num_new)
 
 
 def weighted(score: np.ndarray, num_new: int, temperature: float, seed: int) -> np.ndarray:
-  """Drawn with softmax(score / temperature), the scores as multiples of their mean, our reading: [E] -> [num_new] int, sorted."""
+  """Drawn with softmax(score / temperature): [E] -> [num_new] int, sorted.
+
+  The scores are taken as multiples of their mean, our reading.
+  """
   relative = score / max(np.mean(score), 1e-300) / temperature
   chance = np.exp(relative - relative.max())
   return np.sort(np.random.default_rng(seed).choice(len(score), num_new, p=chance / chance.sum()))
 
 
 def select(
-    specs: Tree, factor: int, *, score: Mapping[str, np.ndarray] | None = None, allocation: str = 'greedy', cap: int = 3,
-    temperature: float = 1.0, groups: int = 1, seed: int = 0,
+    specs: Tree, factor: int, *, score: Mapping[str, np.ndarray] | None = None,
+    allocation: str = 'greedy', cap: int = 3, temperature: float = 1.0, groups: int = 1,
+    seed: int = 0,
 ) -> dict[str, np.ndarray]:
   """The source of every expert of the grown model, {layer: [m E] int32}; the originals come first.
 
-  With groups of experts the copies lie in their source's group, behind its originals; so each group gets as many.
+  With groups of experts the copies lie in their source's group, behind its originals; so each group
+  gets as many.
 
   Args:
     score: of `scores`; None: uniform.
@@ -136,7 +152,8 @@ def select(
     raise ValueError(f'cap {cap} must be at least 1 and temperature {temperature} above 0')
   found = layers(specs)
   if not found:
-    raise ValueError('the model has no experts to copy; a dense one is made a mixture by `from_dense`')
+    raise ValueError(
+        'the model has no experts to copy; a dense one is made a mixture by `from_dense`')
 
   def group(one, size, number, name):
     new = (factor - 1) * size
@@ -154,15 +171,17 @@ def select(
     for r in range(math.prod(lead)):
       one = None if score is None else score[name].reshape(-1, num_experts)[r]
       rows.append(np.concatenate([
-          g * size + group(None if one is None else one[g * size:(g + 1) * size], size, r * groups + g, name)
+          g * size + group(
+              None if one is None else one[g * size:(g + 1) * size], size, r * groups + g, name)
           for g in range(groups)]))
     index[name] = np.array(rows, np.int32).reshape(*lead, factor * num_experts)
   return index
 
 
 def is_copy(index: np.ndarray) -> np.ndarray:
-  """Which experts of the grown model are copies: all but the first of every source. [..., m E] bool."""
-  first = lambda row: np.isin(np.arange(len(row)), np.unique(row, return_index=True)[1], invert=True)
+  """Which experts of the grown model are copies, all but the first of a source: [..., m E] bool."""
+  first = lambda row: np.isin(
+      np.arange(len(row)), np.unique(row, return_index=True)[1], invert=True)
   return np.apply_along_axis(first, -1, index)
 
 
@@ -174,18 +193,20 @@ def grown(cfg: MoE, factor: int) -> MoE:
 
 
 def grow(tree: Tree, specs: Tree, index: Mapping[str, np.ndarray]) -> Tree:
-  """Every array with experts by the index, the others as they are. Exact: copies are bit-identical to their sources.
+  """Every array with experts by the index, the others as they are.
 
-  With softmax scores a selection bias stays as large while an expert's score is divided among its copies, so it weighs m
-  times as much in the choice until it has adapted; with sigmoid scores nothing changes.
+  Exact: copies are bit-identical to their sources. With softmax scores a selection bias stays as
+  large while an expert's score is divided among its copies, so it weighs m times as much in the
+  choice until it has adapted; with sigmoid scores nothing changes.
 
   Args:
     tree: parameters, averages or moments of them, or the trainable part of either.
     specs: the table before growth.
   """
   table = param.flat(specs)
-  return param.unflat({name: take(a, table[name], index[layer_of(name)]) if 'expert' in table[name].axes else a
-                       for name, a in param.flat(tree).items()})
+  return param.unflat({
+      name: take(a, table[name], index[layer_of(name)]) if 'expert' in table[name].axes else a
+      for name, a in param.flat(tree).items()})
 
 
 def take(a: jax.Array, spec: Spec, index: np.ndarray) -> jax.Array:
@@ -212,13 +233,16 @@ def renew(params: Tree, specs: Tree, index: Mapping[str, np.ndarray], seed: int)
   return param.unflat(leaves)
 
 
-def perturb(params: Tree, specs: Tree, index: Mapping[str, np.ndarray], *, noise: float = 1e-3, router_noise: float = 0.01,
-            seed: int = 0) -> Tree:
+def perturb(
+    params: Tree, specs: Tree, index: Mapping[str, np.ndarray], *, noise: float = 1e-3,
+    router_noise: float = 0.01, seed: int = 0,
+) -> Tree:
   """The grown parameters with copies told apart from their sources, which stay untouched.
 
-  On the selection bias where there is one, by N(0, noise^2): absolute, since noise in proportion to the spread of the
-  biases is nothing when they are equal. Otherwise on the router's rows, by router_noise times their root mean square, a
-  fallback of ours. Without either, a token's two best are always one expert's copies, and these never part.
+  On the selection bias where there is one, by N(0, noise^2): absolute, since noise in proportion to
+  the spread of the biases is nothing when they are equal. Otherwise on the router's rows, by
+  router_noise times their root mean square, a fallback of ours. Without either, a token's two best
+  are always one expert's copies, and these never part.
 
   Args:
     params, specs: after growth.
@@ -236,12 +260,14 @@ def perturb(params: Tree, specs: Tree, index: Mapping[str, np.ndarray], *, noise
 
 
 def grow_moments(
-    moments: Tree, specs: Tree, index: Mapping[str, np.ndarray], how: str, before: Tree, after: Tree) -> Tree:
+    moments: Tree, specs: Tree, index: Mapping[str, np.ndarray], how: str, before: Tree,
+    after: Tree,
+) -> Tree:
   """Adam's mean or mean square, grown.
 
   Args:
-    how: copy; reset, copies begin at 0; scale, theirs are times 0.5 clip(1 - |dW| / |W|, 0.1, 1), per expert and array. The
-      count of Adam's steps is one for all arrays and stays, our reading.
+    how: copy; reset, copies begin at 0; scale, theirs are times 0.5 clip(1 - |dW| / |W|, 0.1, 1),
+      per expert and array. The count of Adam's steps is one for all arrays and stays, our reading.
     before, after: the parameters before growth, and grown and perturbed.
   """
   if how not in OPTIMIZERS:
@@ -258,18 +284,20 @@ def grow_moments(
     if how == 'scale':
       norm = lambda a: jnp.sqrt(jnp.sum(jnp.square(a), axis=others, keepdims=True))
       source = take(old[name], spec, index[layer_of(name)])
-      share = 0.5 * jnp.clip(1 - norm(new[name] - source) / jnp.maximum(norm(source), 1e-30), 0.1, 1)
+      share = 0.5 * jnp.clip(
+          1 - norm(new[name] - source) / jnp.maximum(norm(source), 1e-30), 0.1, 1)
     out[name] = out[name] * jnp.where(is_copy(index[layer_of(name)]).reshape(shape), share, 1)
   return param.unflat(out)
 
 
 def grow_load(load: jax.Array, index: np.ndarray) -> jax.Array:
   """A load counter [..., E], grown: originals keep their counts, copies begin at 0."""
-  return jnp.where(is_copy(index), 0, jnp.take_along_axis(jnp.asarray(load), jnp.asarray(index), axis=-1))
+  return jnp.where(
+      is_copy(index), 0, jnp.take_along_axis(jnp.asarray(load), jnp.asarray(index), axis=-1))
 
 
 def similarity(params: Tree, specs: Tree, index: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """How far copies have moved apart: the cosine of every expert with the original it was grown from, {layer: [m E]}.
+  """How far copies have moved apart: every expert's cosine with its original, {layer: [m E]}.
 
   Args:
     params, specs: after growth, perhaps long after.
@@ -296,12 +324,16 @@ def original_of(index: np.ndarray) -> np.ndarray:
 
 # ---- Dense to mixture
 
-def from_dense(params: Tree, dense_specs: Tree, specs: Tree, cfg: MoE, key: jax.Array, slices: int = 1) -> Tree:
-  """A mixture that computes what the dense model does: its experts are copies of the dense FFN, its routers are new.
+def from_dense(
+    params: Tree, dense_specs: Tree, specs: Tree, cfg: MoE, key: jax.Array, slices: int = 1,
+) -> Tree:
+  """A mixture that computes what the dense model does.
 
-  Granular (slices > 1): an expert is a slice of the dense inner width. The slices of one copy lie side by side and begin
-  with one router column (virtual groups, arXiv:2410.07524), so that a token's choice is whole copies; the gates are then
-  times the number of slices.
+  Its experts are copies of the dense FFN, its routers are new.
+
+  Granular (slices > 1): an expert is a slice of the dense inner width. The slices of one copy lie
+  side by side and begin with one router column (virtual groups, arXiv:2410.07524), so that a
+  token's choice is whole copies; the gates are then times the number of slices.
 
   Args:
     params, dense_specs: of the dense model.
@@ -309,34 +341,41 @@ def from_dense(params: Tree, dense_specs: Tree, specs: Tree, cfg: MoE, key: jax.
     key: for the routers.
   """
   if not cfg.renormalise or cfg.scale != slices:
-    raise ValueError(f'model.moe: renormalise is {cfg.renormalise} and scale {cfg.scale}; the dense function is kept only '
-                     f'with gates that sum to 1, times {slices} slices: renormalise=True, scale={slices}')
+    raise ValueError(
+        f'model.moe: renormalise is {cfg.renormalise} and scale {cfg.scale}; the dense function is '
+        f'kept only with gates that sum to 1, times {slices} slices: renormalise=True, '
+        f'scale={slices}')
   if cfg.experts % slices or cfg.top_k % slices:
-    raise ValueError(f'model.moe: {cfg.experts} experts and top_k {cfg.top_k} must both be multiples of {slices} slices')
+    raise ValueError(f'model.moe: {cfg.experts} experts and top_k {cfg.top_k} must both be '
+                     f'multiples of {slices} slices')
   if cfg.shared_dim or cfg.groups != 1:
-    raise ValueError(f'model.moe: shared_dim {cfg.shared_dim} and groups {cfg.groups}; a mixture made of a dense model has '
-                     'no shared expert and one group')
+    raise ValueError(f'model.moe: shared_dim {cfg.shared_dim} and groups {cfg.groups}; a mixture '
+                     'made of a dense model has no shared expert and one group')
   old, table, out = param.flat(dense_specs), param.flat(specs), {}
-  small = param.unflat({name: s for name, s in table.items() if 'expert' in s.axes and not s.contract})
+  small = param.unflat({
+      name: s for name, s in table.items() if 'expert' in s.axes and not s.contract})
   leaves, fresh = param.flat(params), param.flat(param.init(key, small))     # routers and biases
   for name, spec in table.items():
     if 'expert' not in spec.axes:
       a = leaves.get(name)
     elif name in fresh:
       axis = spec.axes.index('expert')
-      a = jnp.repeat(jnp.take(fresh[name], jnp.arange(0, cfg.experts, slices), axis=axis), slices, axis=axis)
+      a = jnp.repeat(
+          jnp.take(fresh[name], jnp.arange(0, cfg.experts, slices), axis=axis), slices, axis=axis)
     else:
       a = leaves[name] if name in leaves and 'expert' not in old[name].axes else None
       a = a if a is None else sliced(a, spec, cfg.experts, slices)
     if a is None or a.shape != spec.shape:
-      raise ValueError(f'{name} is {spec.shape} in the mixture and {getattr(a, "shape", "absent")} as the dense model '
-                       f'gives it in {slices} slices; all but the FFNs must be alike, and the dense model dense')
+      raise ValueError(
+          f'{name} is {spec.shape} in the mixture and {getattr(a, "shape", "absent")} as the dense '
+          f'model gives it in {slices} slices; all but the FFNs must be alike, and the dense model '
+          'dense')
     out[name] = a
   return param.unflat(out)
 
 
 def sliced(a: jax.Array, spec: Spec, num_experts: int, slices: int) -> jax.Array:
-  """A dense matrix as the experts' array of this spec: its slices along the inner width, over and over."""
+  """A dense matrix as the experts' array of this spec: slices of the inner width, over and over."""
   axes = tuple(axis for axis in spec.axes if axis != 'expert')
   pieces = jnp.stack(jnp.split(a, slices, axis=axes.index('ffw')), axis=spec.axes.index('expert'))
   return jnp.take(pieces, jnp.arange(num_experts) % slices, axis=spec.axes.index('expert'))

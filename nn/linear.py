@@ -2,9 +2,9 @@
 
 I inputs and O outputs, of any number of axes.
 
-A matrix may be `Adapted`: a part that stays and one that is trained. Its gradient is that of the two
-small arrays, made without the gradient of the whole matrix, which would cost a third of the step and,
-where rows are split over devices, a sum over all of them.
+A matrix may be `Adapted`: a part that stays and one that is trained. Its gradient is that of the
+two small arrays, made without the gradient of the whole matrix, which would cost a third of the
+step and, where rows are split over devices, a sum over all of them.
 
 Differentiating `x @ w` transposes the weight's gradient, which costs XLA on CPU a copy of the
 activations and a slow product, a quarter of a train step; and it rounds that gradient to the
@@ -22,8 +22,8 @@ import jax.numpy as jnp
 class Adapted:
   """w + scale * a b, in place of an array in the parameters of a layer; see `nn/lora.py`.
 
-  The sum is rounded to the compute dtype, not its parts: the trainer computes what a sampler with the
-  merged matrix does, in any dtype.
+  The sum is rounded to the compute dtype, not its parts: the trainer computes what a sampler with
+  the merged matrix does, in any dtype.
   """
   w: jax.Array                         # [*lead, I, O] float32
   a: jax.Array                         # [*lead, I, R] float32
@@ -51,8 +51,8 @@ def linear(x: jax.Array, w: jax.Array | Adapted, num_inputs: int = 1) -> jax.Arr
     w: [I, O] float32, rounded to the compute dtype for the products.
 
   Returns:
-    [..., O] in x's dtype. The gradient of w is summed and kept in float32; of an Adapted only a and b
-    have one.
+    [..., O] in x's dtype. The gradient of w is summed and kept in float32; of an Adapted only a and
+    b have one.
   """
   return _forward(x, w, num_inputs)[0]
 

@@ -76,7 +76,7 @@ class Decoder(NamedTuple):
   step: (params, tokens [N], cache) -> (logits [N, V] float32, cache, extras [N, ...]).
   repeat: (cache, n) -> cache with every row n times, copies of a row adjacent.
 
-  Extras are whatever is to be kept of every token that was read: arrays in any pytree, None: nothing.
+  Extras are whatever is to be kept of every token that was read: arrays in any pytree, or None.
   """
   prefill: Callable[..., Any]
   step: Callable[..., Any]

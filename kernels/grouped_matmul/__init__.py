@@ -1,4 +1,4 @@
-"""Rows sorted by group, times the matrix of their group: what mixture-of-experts layers are made of.
+"""Rows sorted by group, times the matrix of their group: what mixtures of experts are made of.
 
 N rows, E groups (experts), I inputs, O outputs.
 """

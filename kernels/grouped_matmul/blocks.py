@@ -1,16 +1,17 @@
-"""Grouped matmul by plain matmuls on blocks of rows, one after the other: what a CPU runs, and anything else can.
+"""Grouped matmul by plain matmuls on blocks of rows, in turn: what a CPU runs, and all else can.
 
 N rows, E groups, I inputs, O outputs, C rows of a block.
 
-Shapes are static and the number of blocks is not: a loop over the groups holds one over the blocks of a group, so that the
-work is that of the rows there are and a group's matrix is read once. Blocks are written in the order of the rows; what a
-group's last block writes behind its end is overwritten by the next group.
+Shapes are static and the number of blocks is not: a loop over the groups holds one over the blocks
+of a group, so that the work is that of the rows there are and a group's matrix is read once. Blocks
+are written in the order of the rows; what a group's last block writes behind its end is overwritten
+by the next group.
 """
 
 import jax
 import jax.numpy as jnp
 
-# Rows of a block, measured on one core: enough to keep a matmul busy, and not many more than a group has.
+# Rows of a block, measured on one core: enough to keep a matmul busy, hardly more than a group has.
 SMALLEST, SMALLEST_SUM, LARGEST = 16, 32, 64
 
 
@@ -42,7 +43,10 @@ def product(x: jax.Array, w: jax.Array, sizes: jax.Array, *, transposed: bool = 
 
 
 def weight_gradient(x: jax.Array, grad: jax.Array, sizes: jax.Array) -> jax.Array:
-  """As `reference.weight_gradient`. A group's sum is formed by itself: no array of all groups is added to per block."""
+  """As `reference.weight_gradient`.
+
+  A group's sum is formed by itself: no array of all groups is added to per block.
+  """
   return sums(x, grad, sizes, block_size(len(x), len(sizes), SMALLEST_SUM))
 
 
@@ -57,11 +61,14 @@ def sums(x: jax.Array, grad: jax.Array, sizes: jax.Array, size: int) -> jax.Arra
       begin = start + c * size
       mine = (begin + jnp.arange(size) < end)[:, None]
       # Of both: what is not a group's own may be anything, and 0 times infinity is not 0.
-      rows, g = (jnp.where(mine, jax.lax.dynamic_slice_in_dim(a, begin, size), 0) for a in (x, grad))
-      return jax.lax.dot_general(rows, g, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+      rows, g = (
+          jnp.where(mine, jax.lax.dynamic_slice_in_dim(a, begin, size), 0) for a in (x, grad))
+      return jax.lax.dot_general(
+          rows, g, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
 
     # From the first block on, not from zeros: with many groups hardly any has a second one.
-    return jax.lax.fori_loop(1, -(-(end - start) // size), lambda c, total: total + block(c), block(0))
+    return jax.lax.fori_loop(
+        1, -(-(end - start) // size), lambda c, total: total + block(c), block(0))
 
   ends = jnp.cumsum(sizes)
   return jax.lax.map(group, (ends - sizes, ends))

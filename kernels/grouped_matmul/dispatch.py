@@ -1,7 +1,8 @@
-"""Which implementation runs, and the derivatives that all of them share. N rows, E groups, I inputs, O outputs.
+"""Which implementation runs, and the derivatives that all of them share.
 
-An implementation is a module with `product` and `weight_gradient`, see `reference`. The gradient of the rows is a product,
-too, with the matrices turned round; so two functions are all there is to write for a platform.
+N rows, E groups, I inputs, O outputs. An implementation is a module with `product` and
+`weight_gradient`, see `reference`. The gradient of the rows is a product, too, with the matrices
+turned round; so two functions are all there is to write for a platform.
 """
 
 import functools
@@ -23,10 +24,13 @@ def choose(on: str) -> str:
   return AUTO[on]
 
 
-def grouped_matmul(x: jax.Array, w: jax.Array, sizes: jax.Array, *, implementation: str = 'auto') -> jax.Array:
-  """Row n times the matrix of its group; the first sizes[0] rows are of group 0, the next sizes[1] of group 1, ...
+def grouped_matmul(
+    x: jax.Array, w: jax.Array, sizes: jax.Array, *, implementation: str = 'auto',
+) -> jax.Array:
+  """Row n times the matrix of its group.
 
-  No row is ever dropped, however uneven the groups. Rows behind the last group give zeros and get no gradient, whatever is
+  The first sizes[0] rows are of group 0, the next sizes[1] of group 1, ... No row is ever dropped,
+  however uneven the groups. Rows behind the last group give zeros and get no gradient, whatever is
   in them, and an empty group's gradient is exactly zero.
 
   Args:
@@ -39,14 +43,16 @@ def grouped_matmul(x: jax.Array, w: jax.Array, sizes: jax.Array, *, implementati
     [N, O] in x's dtype. The gradient of w is summed and kept in float32.
 
   Raises:
-    ValueError: shapes that do not fit; an implementation that does not exist, or not on this platform.
+    ValueError: shapes that do not fit; an implementation unknown, or not of this platform.
   """
   if x.ndim != 2 or w.ndim != 3 or x.shape[1] != w.shape[1] or sizes.shape != w.shape[:1]:
-    raise ValueError(f'x {x.shape}, w {w.shape}, sizes {sizes.shape} do not fit together; wanted [N, I], [E, I, O], [E]')
+    raise ValueError(f'x {x.shape}, w {w.shape}, sizes {sizes.shape} do not fit together; '
+                     'wanted [N, I], [E, I, O], [E]')
   if implementation == 'auto':
     implementation = choose(platform())
   if implementation not in IMPLEMENTATIONS:
-    raise ValueError(f'unknown grouped matmul {implementation!r}; known are auto, {", ".join(IMPLEMENTATIONS)}')
+    raise ValueError(f'unknown grouped matmul {implementation!r}; known are auto, '
+                     f'{", ".join(IMPLEMENTATIONS)}')
   home = KERNEL_PLATFORM.get(implementation, platform())
   if platform() != home:
     raise ValueError(f'grouped matmul {implementation!r} runs on {home}, not on {platform()}')

@@ -27,11 +27,15 @@ def product(x: jax.Array, w: jax.Array, sizes: jax.Array, *, transposed: bool = 
 
 
 def weight_gradient(x: jax.Array, grad: jax.Array, sizes: jax.Array) -> jax.Array:
-  """[N, I], [N, O], [E] -> [E, I, O] float32: the sum over its rows of x_n grad_n', zero for an empty group."""
+  """[N, I], [N, O], [E] -> [E, I, O] float32: the sum over its rows of x_n grad_n'.
+
+  Zero for an empty group.
+  """
   group = owner(sizes, len(x))[:, None]
 
   def one(number):
     mine = group == number             # of both: 0 times infinity is not 0
-    return jnp.matmul(jnp.where(mine, x, 0).T, jnp.where(mine, grad, 0), preferred_element_type=jnp.float32)
+    return jnp.matmul(
+        jnp.where(mine, x, 0).T, jnp.where(mine, grad, 0), preferred_element_type=jnp.float32)
 
   return jax.lax.map(one, jnp.arange(len(sizes)))

@@ -2,9 +2,10 @@
 
 N rows, E groups, I inputs, O outputs, M tiles of C rows, S tiles at a time.
 
-Every group is padded to whole tiles; N / C + E of them always suffice, so nothing is dropped and shapes are static. A step
-gathers S tiles and the matrices of their groups. A matrix is thus read and written once per tile of it, which at C rows
-costs less than the tile's products; only S matrices lie in memory.
+Every group is padded to whole tiles; N / C + E of them always suffice, so nothing is dropped and
+shapes are static. A step gathers S tiles and the matrices of their groups. A matrix is thus read
+and written once per tile of it, which at C rows costs less than the tile's products; only S
+matrices lie in memory.
 """
 
 import jax
@@ -14,7 +15,7 @@ from kernels.grouped_matmul import blocks, reference
 
 ROWS = 128                             # C: of a tile
 STEP = 32                              # S: tiles of a step
-SUM_ROWS = 512                         # of a block in the sums over rows, which are one matmul after the other
+SUM_ROWS = 512                         # of a block in sums over rows: one matmul after the other
 
 
 def most_tiles(num_rows: int, num_groups: int) -> int:
@@ -35,8 +36,10 @@ def product(x: jax.Array, w: jax.Array, sizes: jax.Array, *, transposed: bool = 
 
   def step(one):
     group, source = one
-    rows = jnp.take(x, source, axis=0, mode='clip')    # what is not the group's own is not read again
-    return jnp.einsum('sci,soi->sco' if transposed else 'sci,sio->sco', rows, jnp.take(w, group, axis=0))
+    # What is not the group's own is not read again.
+    rows = jnp.take(x, source, axis=0, mode='clip')
+    return jnp.einsum(
+        'sci,soi->sco' if transposed else 'sci,sio->sco', rows, jnp.take(w, group, axis=0))
 
   out = jax.lax.map(step, (group.reshape(-1, STEP), source.reshape(-1, STEP, ROWS)))
   mine = reference.owner(sizes, num_rows)

@@ -1,4 +1,4 @@
-"""Every implementation of the grouped matmul against numpy, group by group: values and both gradients.
+"""Every implementation of the grouped matmul against numpy, group by group: values and gradients.
 
 N rows, E groups, I inputs, O outputs.
 """
@@ -18,13 +18,15 @@ IMPLEMENTATIONS = {
     'reference': reference,
     'blocks': blocks,
     'tiles': tiles,
-    'megablox': types.SimpleNamespace(product=functools.partial(megablox.product, interpret=True),
-                                      weight_gradient=functools.partial(megablox.weight_gradient, interpret=True)),
+    'megablox': types.SimpleNamespace(
+        product=functools.partial(megablox.product, interpret=True),
+        weight_gradient=functools.partial(megablox.weight_gradient, interpret=True)),
 }
-# Of five groups: even; ragged; the first, a middle and the last one empty; all rows in one; hardly any; none at all.
+# Of five groups: even; ragged; the first, a middle and the last one empty; all rows in one; hardly
+# any; none at all.
 SIZES = {
-    'even': (40, 40, 40, 40, 40), 'ragged': (1, 77, 16, 105, 1), 'empty': (0, 90, 0, 110, 0), 'one': (0, 0, 0, 200, 0),
-    'tail': (3, 0, 17, 0, 33), 'nothing': (0, 0, 0, 0, 0),
+    'even': (40, 40, 40, 40, 40), 'ragged': (1, 77, 16, 105, 1), 'empty': (0, 90, 0, 110, 0),
+    'one': (0, 0, 0, 200, 0), 'tail': (3, 0, 17, 0, 33), 'nothing': (0, 0, 0, 0, 0),
 }
 ROWS, INPUTS, OUTPUTS = 200, 24, 40
 
@@ -36,7 +38,8 @@ def draw(*shape, seed=0, dtype=jnp.float32):
 @functools.partial(jax.jit, static_argnums=0)
 def pull(name, x, w, sizes, grad):
   """Result, gradient of the rows, gradient of the matrices."""
-  y, back = jax.vjp(lambda x, w: dispatch.with_derivatives(IMPLEMENTATIONS[name], x, w, sizes), x, w)
+  y, back = jax.vjp(
+      lambda x, w: dispatch.with_derivatives(IMPLEMENTATIONS[name], x, w, sizes), x, w)
   return y, *back(grad)
 
 
@@ -57,7 +60,8 @@ def test_values_and_gradients_match_numpy_and_nothing_reaches_empty_groups(name,
   x, w, grad = draw(ROWS, INPUTS), draw(5, INPUTS, OUTPUTS, seed=1), draw(ROWS, OUTPUTS, seed=2)
   # What lies behind the last group is nobody's, and may be anything.
   used = sizes.sum()
-  dirty = pull(name, x.at[used:].set(jnp.inf), w, jnp.asarray(sizes, jnp.int32), grad.at[used:].set(jnp.nan))
+  dirty = pull(name, x.at[used:].set(jnp.inf), w, jnp.asarray(sizes, jnp.int32),
+               grad.at[used:].set(jnp.nan))
   for actual, want in zip(dirty, expected(x, w, sizes, grad), strict=True):
     np.testing.assert_allclose(actual, want, atol=1e-4)
   for a in dirty[:2]:
@@ -68,7 +72,9 @@ def test_values_and_gradients_match_numpy_and_nothing_reaches_empty_groups(name,
 @pytest.mark.parametrize('name', IMPLEMENTATIONS)
 def test_bfloat16_rows_keep_the_weight_gradient_in_float32(name):
   sizes = np.array([50, 0, 150])
-  x, w, grad = draw(ROWS, INPUTS, dtype=jnp.bfloat16), draw(3, INPUTS, OUTPUTS, seed=1), draw(ROWS, OUTPUTS, seed=2, dtype=jnp.bfloat16)
+  x, w, grad = (
+      draw(ROWS, INPUTS, dtype=jnp.bfloat16), draw(3, INPUTS, OUTPUTS, seed=1),
+      draw(ROWS, OUTPUTS, seed=2, dtype=jnp.bfloat16))
   y, dx, dw = pull(name, x, w, jnp.asarray(sizes, jnp.int32), grad)
   want = expected(x, w.astype(jnp.bfloat16), sizes, grad)
   assert (y.dtype, dx.dtype, dw.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)
@@ -84,8 +90,10 @@ def test_no_array_of_all_experts_times_all_rows_exists(name):
       ((rows, 64), jnp.float32), ((experts, 64, 64), jnp.float32), ((experts,), jnp.int32)))
   grad = jax.ShapeDtypeStruct((rows, 64), jnp.float32)
   memory = pull.lower(name, x, w, sizes, grad).compile().memory_analysis()
-  # Padded rows, a few times over; a dense product over experts has 32 times as many numbers as the rows.
-  assert memory.temp_size_in_bytes < 0.5 * 4 * rows * experts * 64, memory.temp_size_in_bytes / (4 * rows * 64)
+  # Padded rows, a few times over; a dense product over experts has 32 times as many numbers as the
+  # rows.
+  assert memory.temp_size_in_bytes < 0.5 * 4 * rows * experts * 64, (
+      memory.temp_size_in_bytes / (4 * rows * 64))
 
 
 def test_the_choice_is_made_by_platform():
@@ -97,7 +105,8 @@ def test_the_choice_is_made_by_platform():
 @pytest.mark.parametrize('shapes, implementation, match', [
     (((8, 3), (2, 4, 5), (2,)), 'auto', 'do not fit together'),
     (((8, 4), (2, 4, 5), (3,)), 'auto', 'do not fit together'),
-    (((8, 4), (2, 4, 5), (2,)), 'dense', "unknown grouped matmul 'dense'; known are auto, reference"),
+    (((8, 4), (2, 4, 5), (2,)), 'dense',
+     "unknown grouped matmul 'dense'; known are auto, reference"),
     (((8, 4), (2, 4, 5), (2,)), 'megablox', 'runs on tpu, not on cpu'),
 ])
 def test_what_does_not_fit_is_refused(shapes, implementation, match):

@@ -18,7 +18,8 @@ from rl.types import OLD, label
 from tests.nn import nn_tiny
 
 N, T = 8, 10
-METHOD = rl_phase.watched(methods.build(('group_advantage', 'policy'), {'policy': {'aggregate': 'token_mean'}}), True)
+METHOD = rl_phase.watched(
+    methods.build(('group_advantage', 'policy'), {'policy': {'aggregate': 'token_mean'}}), True)
 
 
 class Run:
@@ -85,7 +86,8 @@ def test_the_head_is_measured_by_its_own_side(tied):
   np.testing.assert_allclose(metrics['grad_norm/head'], norm, rtol=1e-4)
   assert ('unembed' in grads) == (not tied)
   plain = jax.jit(step_lib.make_gradient(
-      step_lib.make_loss(engine.make_forward(cfg), METHOD.terms[:1]), model.specs(cfg)))(params, batch)[0]
+      step_lib.make_loss(engine.make_forward(cfg), METHOD.terms[:1]),
+      model.specs(cfg)))(params, batch)[0]
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-6), grads, plain)
   layer = optax.tree.norm(jax.tree.map(lambda a: a[0], plain['blocks']['0']))
   np.testing.assert_allclose(metrics['grad_norm/middle'], layer, rtol=1e-4)
@@ -97,7 +99,8 @@ def test_microbatches_and_devices_change_no_measure():
   whole = gradient(cfg, batch, params)[1]
   parts = gradient(cfg, batch, params, 4)[1]
   mesh = jax.make_mesh((8,), ('data',), axis_types=(jax.sharding.AxisType.Auto,))
-  rows, every = (jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*p)) for p in (('data',), ()))
+  rows, every = (jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*p))
+                 for p in (('data',), ()))
   spread = jax.device_put(batch, jax.tree.map(lambda x: rows if np.ndim(x) else every, batch))
   with jax.set_mesh(mesh):
     eight = gradient(cfg, spread, jax.device_put(params, every))[1]
@@ -120,7 +123,8 @@ def test_pull_is_the_squared_norm_of_a_tokens_gradient_in_the_head():
   rows = dataclasses.replace(nn_tiny.batch(nn_tiny.tokens(1, 5)), temperature=jnp.float32(0.7))
   pull = nn_scores(params, cfg, rows)[PULL]
   for t in range(1, 5):
-    grad = jax.grad(lambda head: nn_scores(params | {'unembed': head}, cfg, rows)[LOGP][0, t])(params['unembed'])
+    grad = jax.grad(lambda head: nn_scores(
+        params | {'unembed': head}, cfg, rows)[LOGP][0, t])(params['unembed'])
     np.testing.assert_allclose(pull[0, t], np.square(grad['table']).sum(), rtol=1e-4)
 
 
@@ -164,7 +168,8 @@ def gated(folder):
 
 
 def test_a_refusal_ends_the_reuse_and_the_next_step_samples_anew(gated):
-  updates = [line['gate/updates'] for (phase, _), line in runs.logged(gated).items() if phase == 'rl']
+  updates = [
+      line['gate/updates'] for (phase, _), line in runs.logged(gated).items() if phase == 'rl']
   assert len(updates) == 6 and set(updates) <= {1, 2, 3} and min(updates) < 3
   evaluations = runs.logged(gated, evaluations=True)
   drift = {step: line for (phase, step), line in evaluations.items() if phase == 'rl'}
@@ -187,7 +192,8 @@ def test_an_open_gate_is_plain_reuse(folder):
   plain, opened = (runs.logged(folder / name) for name in ('plain', 'open'))
   for at, line in plain.items():       # the compiler rounds two programs differently
     for name, value in line.items():
-      np.testing.assert_allclose(opened[at][name], value, rtol=1e-3, atol=1e-4, err_msg=f'{at} {name}')
+      np.testing.assert_allclose(
+          opened[at][name], value, rtol=1e-3, atol=1e-4, err_msg=f'{at} {name}')
   assert {line['gate/updates'] for (phase, _), line in opened.items() if phase == 'rl'} == {3}
 
 

@@ -1,4 +1,4 @@
-"""One small expert layer, the layouts of public models in small, and the layer as the dense sum over all experts."""
+"""One small expert layer, layouts of public models in small, and the dense sum over all experts."""
 
 import functools
 
@@ -14,22 +14,27 @@ WIDTH, EXPERTS = 16, 8
 LAYOUTS = {
     'qwen3_moe': MoE(experts=EXPERTS, top_k=2, ffw_dim=12, balance_loss=0.7, z_loss=0.3),
     'qwen3_next': MoE(experts=EXPERTS, top_k=3, ffw_dim=12, shared_dim=12, shared_gate=True),
-    'deepseek_v3': MoE(experts=EXPERTS, top_k=3, ffw_dim=12, scores='sigmoid', scale=2.5, groups=4, top_groups=2,
-                       shared_dim=12, bias_rate=0.01),
-    'glm4_moe': MoE(experts=EXPERTS, top_k=2, ffw_dim=12, scores='sigmoid', shared_dim=12, bias_rate=0.01),
+    'deepseek_v3': MoE(
+        experts=EXPERTS, top_k=3, ffw_dim=12, scores='sigmoid', scale=2.5, groups=4, top_groups=2,
+        shared_dim=12, bias_rate=0.01),
+    'glm4_moe': MoE(
+        experts=EXPERTS, top_k=2, ffw_dim=12, scores='sigmoid', shared_dim=12, bias_rate=0.01),
     'not renormalised': MoE(experts=EXPERTS, top_k=2, ffw_dim=12, renormalise=False, scale=1.5),
 }
 
 
 def config(moe: MoE, **changes) -> ModelConfig:
-  sizes = dict(vocab_size=8, embed_dim=WIDTH, num_heads=2, num_kv_heads=2, head_dim=4, ffw_dim=24, ffn='moe', moe=moe)
+  sizes = dict(vocab_size=8, embed_dim=WIDTH, num_heads=2, num_kv_heads=2, head_dim=4, ffw_dim=24,
+               ffn='moe', moe=moe)
   return ModelConfig(**(sizes | changes))
 
 
 def draw(specs: dict, seed: int = 0) -> dict:
   """Parameters of visible size, gains and selection biases included."""
   rng = np.random.default_rng(seed)
-  return jax.tree.map(lambda s: jnp.asarray(0.4 * rng.standard_normal(s.shape) + (s.init is param.ones), jnp.float32), specs)
+  return jax.tree.map(
+      lambda s: jnp.asarray(
+          0.4 * rng.standard_normal(s.shape) + (s.init is param.ones), jnp.float32), specs)
 
 
 def params(cfg: ModelConfig) -> dict:
@@ -37,15 +42,22 @@ def params(cfg: ModelConfig) -> dict:
 
 
 def rows(num_rows: int = 8, length: int = 6, seed: int = 1) -> tuple[jax.Array, jax.Array]:
-  """x [B, T, D], and segments [B, T]: two documents a row and padding, more of it in every row; the last is all padding."""
-  x = jnp.asarray(np.random.default_rng(seed).standard_normal((num_rows, length, WIDTH)), jnp.float32)
+  """x [B, T, D] and segments [B, T]: two documents a row, then padding.
+
+  There is more padding in every row; the last is all padding.
+  """
+  x = jnp.asarray(
+      np.random.default_rng(seed).standard_normal((num_rows, length, WIDTH)), jnp.float32)
   time, end = np.arange(length), np.linspace(length, 0, num_rows).round()[:, None]
   return x, jnp.asarray(np.where(time < 2, 1, 2) * (time < end), jnp.int32)
 
 
 @functools.partial(jax.jit, static_argnums=1)
 def pull(params, cfg, x, segments, routes=None):
-  """((loss, (y, extras)), gradients of the trainable parameters and x); the loss weights y and takes the auxiliary losses."""
+  """((loss, (y, extras)), gradients of the trainable parameters and x).
+
+  The loss weights y and takes the auxiliary losses.
+  """
   trainable, frozen = param.split(params, layer.specs(cfg))
 
   def loss(trainable, x):
@@ -60,7 +72,8 @@ def chosen_by_hand(params: dict, cfg: ModelConfig, x: jax.Array, segments: jax.A
   """Which experts every token goes to, by sorting: [B, T, E] bool."""
   moe, size = cfg.moe, cfg.moe.experts
   logits = np.asarray(x, np.float64) @ np.asarray(params['router'], np.float64)
-  scores = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True) if moe.scores == 'softmax' else 1 / (1 + np.exp(-logits))
+  scores = (np.exp(logits) / np.exp(logits).sum(-1, keepdims=True) if moe.scores == 'softmax'
+            else 1 / (1 + np.exp(-logits)))
   ranked = scores + np.asarray(params.get('bias', 0.0), np.float64)
   members = ranked.reshape(*ranked.shape[:-1], moe.groups, -1)
   worth = np.sort(members, axis=-1)[..., -2:].sum(-1)
@@ -72,14 +85,15 @@ def chosen_by_hand(params: dict, cfg: ModelConfig, x: jax.Array, segments: jax.A
 
 @functools.partial(jax.jit, static_argnums=1)
 def dense(params: dict, cfg: ModelConfig, x: jax.Array, chosen: np.ndarray) -> jax.Array:
-  """The layer by its definition: every expert on every token, and a matrix of gates that is mostly zero."""
+  """The layer by its definition: every expert on every token, and gates that are mostly zero."""
   moe = cfg.moe
   logits = jnp.einsum('btd,de->bte', x, params['router'])
   scores = jax.nn.softmax(logits) if moe.scores == 'softmax' else jax.nn.sigmoid(logits)
   gates = jnp.where(chosen, scores, 0)
   if moe.renormalise:
     gates = gates / jnp.where(chosen.any(-1, keepdims=True), gates.sum(-1, keepdims=True), 1)
-  inner = jax.nn.silu(jnp.einsum('btd,edf->btef', x, params['gate'])) * jnp.einsum('btd,edf->btef', x, params['up'])
+  inner = jax.nn.silu(jnp.einsum('btd,edf->btef', x, params['gate'])) * jnp.einsum(
+      'btd,edf->btef', x, params['up'])
   y = moe.scale * jnp.einsum('btef,efd,bte->btd', inner, params['down'], gates)
   if moe.shared_dim:
     p = params['shared']

@@ -1,4 +1,7 @@
-"""The expert layer is the dense sum over experts, on one device and on meshes; routes, loads, empty experts, models of it."""
+"""The expert layer is the dense sum over experts, on one device and on meshes.
+
+Also routes, loads, empty experts, and models of it.
+"""
 
 import dataclasses
 import re
@@ -23,12 +26,14 @@ MESHES = {
 
 def on(axes):
   """The mesh of these axes as the ambient one."""
-  return jax.set_mesh(jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=(AxisType.Auto,) * len(axes)))
+  return jax.set_mesh(jax.make_mesh(
+      tuple(axes.values()), tuple(axes), axis_types=(AxisType.Auto,) * len(axes)))
 
 
 def assert_close(actual, expected, rtol=2e-5):
   """Every leaf to rtol of its largest entry."""
-  for (path, e), a in zip(jax.tree.leaves_with_path(expected), jax.tree.leaves(actual), strict=True):
+  for (path, e), a in zip(
+      jax.tree.leaves_with_path(expected), jax.tree.leaves(actual), strict=True):
     np.testing.assert_allclose(a, e, rtol=0, atol=rtol * np.abs(e).max() + 1e-12, err_msg=str(path))
 
 
@@ -52,7 +57,8 @@ def test_sparse_equals_the_dense_sum_over_experts(name):
   assert_close(dx, by_x)
 
 
-@pytest.mark.parametrize('name, mesh', [*(('qwen3_moe', mesh) for mesh in MESHES), ('deepseek_v3', 'all axes')])
+@pytest.mark.parametrize('name, mesh', [
+    *(('qwen3_moe', mesh) for mesh in MESHES), ('deepseek_v3', 'all axes')])
 def test_meshes_change_nothing(name, mesh):
   cfg = tiny.config(tiny.LAYOUTS[name])
   params, (x, segments) = tiny.params(cfg), tiny.rows()
@@ -66,7 +72,10 @@ def test_meshes_change_nothing(name, mesh):
 
 @pytest.mark.parametrize('case', ['global', 'one row', 'all to one'])
 def test_other_ways_over_the_experts_change_nothing(case):
-  """The compiler's own split; rows that the mesh does not divide; a router so skewed that one device gets every row."""
+  """The compiler's own split; rows that the mesh does not divide; a very skewed router.
+
+  It is so skewed that one device gets every row.
+  """
   cfg = tiny.config(tiny.LAYOUTS['qwen3_moe'])
   params, (x, segments) = tiny.params(cfg), tiny.rows()
   if case == 'one row':
@@ -79,7 +88,8 @@ def test_other_ways_over_the_experts_change_nothing(case):
     np.testing.assert_array_equal(one[0][1][1]['load'], [(segments != 0).sum()] * 2 + [0] * 6)
     for gradient in (one[1][0][name] for name in ('gate', 'up', 'down')):
       np.testing.assert_array_equal(gradient[2:], 0)
-  other = dataclasses.replace(cfg, moe=dataclasses.replace(cfg.moe, dispatch='global')) if case == 'global' else cfg
+  other = dataclasses.replace(
+      cfg, moe=dataclasses.replace(cfg.moe, dispatch='global')) if case == 'global' else cfg
   with on(dict(data=2, expert=4)):
     assert_close(tiny.pull(params, other, x, segments), one)
 
@@ -91,17 +101,20 @@ def test_rows_travel_and_experts_do_not():
     mesh = jax.sharding.get_mesh()
     put = lambda a, *axes: jax.device_put(a, NamedSharding(mesh, PartitionSpec(*axes)))
     params = {name: put(a, *(('expert',) if a.ndim == 3 else ())) for name, a in params.items()}
-    program = tiny.pull.lower(params, cfg, put(x, 'expert'), put(segments, 'expert')).compile().as_text()
+    program = tiny.pull.lower(
+        params, cfg, put(x, 'expert'), put(segments, 'expert')).compile().as_text()
   assert 'all-to-all' in program
   # The largest thing that is collected from all is the router's counts.
-  gathered = [np.prod([int(n) for n in shape.split(',') if n]) for shape in re.findall(r'= \w+\[([\d,]*)\]\S* all-gather', program)]
+  gathered = [np.prod([int(n) for n in shape.split(',') if n])
+              for shape in re.findall(r'= \w+\[([\d,]*)\]\S* all-gather', program)]
   assert max(gathered) <= 64, gathered
 
 
 def test_experts_that_the_mesh_does_not_divide_are_refused():
   cfg = tiny.config(MoE(experts=6, top_k=2, ffw_dim=12))
   x, segments = tiny.rows()
-  with on(dict(expert=4)), pytest.raises(ValueError, match='experts 6 must be a multiple of the 4 devices'):
+  with on(dict(expert=4)), pytest.raises(
+      ValueError, match='experts 6 must be a multiple of the 4 devices'):
     tiny.pull(tiny.params(cfg), cfg, x, segments)
 
 
@@ -142,8 +155,9 @@ def test_moved_rows_come_back():
 
 # A whole model: routes and loads by layer, replay, decoding, biases.
 
-CFG = nn_tiny.config(pattern=('attention', ('attention', 'moe')), tail=(('attention', 'moe'),), moe=MoE(
-    experts=4, top_k=2, ffw_dim=8, bias_rate=0.25, balance_loss=0.1))
+CFG = nn_tiny.config(
+    pattern=('attention', ('attention', 'moe')), tail=(('attention', 'moe'),),
+    moe=MoE(experts=4, top_k=2, ffw_dim=8, bias_rate=0.25, balance_loss=0.1))
 
 
 @pytest.mark.parametrize('unroll', [False, True])
@@ -151,20 +165,24 @@ def test_replay_gives_the_routes_and_the_function_of_the_recording(unroll):
   cfg = dataclasses.replace(CFG, unroll=unroll)
   params = tiny.draw(model.specs(cfg))
   rows = nn_tiny.batch(nn_tiny.tokens(2, 7), np.arange(7) < np.array([[7], [4]]))
-  forward = jax.jit(lambda p, routes: model.forward(p, cfg, rows.tokens, rows.positions, rows.segments, routes))
+  forward = jax.jit(lambda p, routes: model.forward(
+      p, cfg, rows.tokens, rows.positions, rows.segments, routes))
   recorded = forward(params, None)
   assert recorded.routes.keys() == recorded.load.keys() == {2, 4, 5}
-  np.testing.assert_array_equal(np.bincount(recorded.routes[4][rows.segments != 0].ravel(), minlength=4), recorded.load[4])
+  np.testing.assert_array_equal(
+      np.bincount(recorded.routes[4][rows.segments != 0].ravel(), minlength=4), recorded.load[4])
 
   replayed = {i: recorded.routes[i] for i in (2, 5)}
   np.testing.assert_allclose(forward(params, replayed).hidden, recorded.hidden, atol=1e-6)
   # Another router chooses otherwise, but not where it replays.
-  other = jax.tree_util.tree_map_with_path(lambda path, a: -a if 'router' in str(path) else a, params)
+  other = jax.tree_util.tree_map_with_path(
+      lambda path, a: -a if 'router' in str(path) else a, params)
   free, bound = forward(other, None), forward(other, replayed)
   assert any(np.any(free.routes[i] != recorded.routes[i]) for i in (2, 5))
   for i in (2, 5):
     np.testing.assert_array_equal(bound.routes[i], recorded.routes[i])
-  # What it would have chosen is told beside what it took; layer 2 comes first and sees what it saw when it was free.
+  # What it would have chosen is told beside what it took; layer 2 comes first and sees what it saw
+  # when it was free.
   np.testing.assert_array_equal(bound.own_routes[2], free.routes[2])
   for i in (2, 4, 5):
     np.testing.assert_array_equal(free.own_routes[i], free.routes[i])
@@ -212,7 +230,8 @@ def test_a_bias_without_a_rate_chooses_and_stays():
   cfg = dataclasses.replace(CFG, moe=dataclasses.replace(CFG.moe, bias_rate=0.0, bias=True))
   params = tiny.draw(model.specs(cfg))
   after = model.after_update(params, cfg, {5: jnp.array([9, 1, 1, 1])})
-  np.testing.assert_array_equal(after['tail']['0']['ffn']['bias'], params['tail']['0']['ffn']['bias'])
+  np.testing.assert_array_equal(
+      after['tail']['0']['ffn']['bias'], params['tail']['0']['ffn']['bias'])
   params['tail']['0']['ffn']['bias'] = jnp.array([0.0, 9.0, 0.0, 9.0])
   out = nn_tiny.forward(params, cfg, nn_tiny.batch(nn_tiny.tokens(2, 6)))
   np.testing.assert_array_equal(out.load[5], [0, 12, 0, 12])

@@ -15,17 +15,20 @@ def log(*shares):
 
 
 def test_softmax_gates_by_hand():
-  choice = router.route(log(0.1, 0.4, 0.2, 0.3), None, MoE(experts=4, top_k=2, ffw_dim=1, scale=2.0))
+  choice = router.route(
+      log(0.1, 0.4, 0.2, 0.3), None, MoE(experts=4, top_k=2, ffw_dim=1, scale=2.0))
   np.testing.assert_array_equal(choice.experts, [[1, 3]])
   np.testing.assert_allclose(choice.gates, [[2 * 4 / 7, 2 * 3 / 7]], rtol=1e-6)
-  choice = router.route(log(0.1, 0.4, 0.2, 0.3), None, MoE(experts=4, top_k=2, ffw_dim=1, renormalise=False))
+  choice = router.route(
+      log(0.1, 0.4, 0.2, 0.3), None, MoE(experts=4, top_k=2, ffw_dim=1, renormalise=False))
   np.testing.assert_allclose(choice.gates, [[0.4, 0.3]], rtol=1e-6)
   np.testing.assert_allclose(choice.normaliser, [0], atol=1e-6)
 
 
 def test_sigmoid_gates_by_hand():
   logits = -jnp.log(1 / jnp.array([[0.2, 0.9, 0.6, 0.3]]) - 1)
-  choice = router.route(logits, None, MoE(experts=4, top_k=2, ffw_dim=1, scores='sigmoid', scale=2.5))
+  choice = router.route(
+      logits, None, MoE(experts=4, top_k=2, ffw_dim=1, scores='sigmoid', scale=2.5))
   np.testing.assert_array_equal(choice.experts, [[1, 2]])
   np.testing.assert_allclose(choice.gates, [[2.5 * 0.9 / 1.5, 2.5 * 0.6 / 1.5]], rtol=1e-6)
   np.testing.assert_allclose(choice.shares, [[0.1, 0.45, 0.3, 0.15]], rtol=1e-6)
@@ -41,12 +44,14 @@ def test_the_bias_decides_the_choice_and_is_in_no_gate():
 def test_only_the_best_groups_are_chosen_from():
   # Groups (0, 1), (2, 3), (4, 5): the best expert of all is in the worst group.
   scores = jnp.array([[0.3, 0.3, 0.2, 0.35, 0.5, 0.0]])
-  choose = lambda top_groups, top_k: router.choose(scores, MoE(experts=6, top_k=top_k, ffw_dim=1, groups=3, top_groups=top_groups))
+  choose = lambda top_groups, top_k: router.choose(
+      scores, MoE(experts=6, top_k=top_k, ffw_dim=1, groups=3, top_groups=top_groups))
   np.testing.assert_array_equal(choose(1, 2), [[0, 1]])
   np.testing.assert_array_equal(choose(2, 3), [[3, 0, 1]])
   np.testing.assert_array_equal(choose(3, 1), [[4]])
   # Below zero, as with biases, what is left out stays out.
-  np.testing.assert_array_equal(router.choose(scores - 9, MoE(experts=6, top_k=2, ffw_dim=1, groups=3)), [[0, 1]])
+  np.testing.assert_array_equal(
+      router.choose(scores - 9, MoE(experts=6, top_k=2, ffw_dim=1, groups=3)), [[0, 1]])
 
 
 def test_replay_takes_given_experts_with_the_gates_of_today():
@@ -58,7 +63,8 @@ def test_replay_takes_given_experts_with_the_gates_of_today():
 
 
 def statistics(shares, real, cfg):
-  return router.statistics(router.route(jnp.log(jnp.array(shares, jnp.float32)), None, cfg), jnp.array(real))
+  return router.statistics(
+      router.route(jnp.log(jnp.array(shares, jnp.float32)), None, cfg), jnp.array(real))
 
 
 def test_losses_by_hand():
@@ -71,7 +77,8 @@ def test_losses_by_hand():
   np.testing.assert_allclose(uneven['balance'], 0.5 * 1.2, rtol=1e-6)
   np.testing.assert_allclose(uneven['router_z'], 0, atol=1e-6)
   # Logits moved by 3 have a log-normaliser of 3.
-  moved = router.losses(router.statistics(router.route(jnp.log(jnp.array(shares)) + 3, None, cfg), jnp.ones(4, bool)), cfg)
+  moved = router.losses(router.statistics(
+      router.route(jnp.log(jnp.array(shares)) + 3, None, cfg), jnp.ones(4, bool)), cfg)
   np.testing.assert_allclose(moved['router_z'], 2 * 9, rtol=1e-6)
 
 
@@ -83,7 +90,8 @@ def test_padding_counts_nowhere():
 
 
 def test_the_bias_moves_against_the_load():
-  bias = router.update_bias(jnp.array([[0.0, 0.5, 1.0], [0.0, 0.0, 0.0]]), jnp.array([[9, 3, 0], [4, 4, 4]]), 0.1)
+  bias = router.update_bias(
+      jnp.array([[0.0, 0.5, 1.0], [0.0, 0.0, 0.0]]), jnp.array([[9, 3, 0], [4, 4, 4]]), 0.1)
   np.testing.assert_allclose(bias, [[-0.1, 0.6, 1.1], [0, 0, 0]], rtol=1e-6)
 
 
@@ -110,5 +118,7 @@ def test_settings_that_cannot_be_meant_are_refused(changes, match):
 
 
 def test_settings_of_experts_that_no_layer_has_are_refused():
-  with pytest.raises(ValueError, match=r"model.moe is set, but no layer has the FFN moe; the layers have \['mlp'\]"):
+  with pytest.raises(
+      ValueError,
+      match=r"model.moe is set, but no layer has the FFN moe; the layers have \['mlp'\]"):
     tiny.config(MoE(experts=4), ffn='mlp')

@@ -1,4 +1,7 @@
-"""Growing experts: what is copied, what the function becomes, whom to copy, how copies part; and mixtures of dense models."""
+"""Growing experts: what is copied, what the function becomes, whom to copy, how copies part.
+
+And mixtures made of dense models.
+"""
 
 import dataclasses
 import functools
@@ -29,7 +32,8 @@ def scale(experts=4, top_k=2, **changes):
 
 
 def wider(cfg, factor, **changes):
-  return dataclasses.replace(cfg, moe=dataclasses.replace(upcycle.grown(cfg.moe, factor), **changes))
+  return dataclasses.replace(
+      cfg, moe=dataclasses.replace(upcycle.grown(cfg.moe, factor), **changes))
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -42,18 +46,22 @@ def run(params, cfg, x):
 @pytest.mark.parametrize('factor', [1, 2, 3])
 def test_originals_come_first_and_copies_are_their_sources_bit_for_bit(factor):
   specs, params = model.specs(CFG), tiny.draw(model.specs(CFG))
-  score_of = {LAYERS[0]: np.array([1.0, 4.0, 2.0, 3.0]), LAYERS[1]: np.array([[4.0, 3.0, 2.0, 1.0], [1.0, 2.0, 3.0, 4.0]])}
+  score_of = {
+      LAYERS[0]: np.array([1.0, 4.0, 2.0, 3.0]),
+      LAYERS[1]: np.array([[4.0, 3.0, 2.0, 1.0], [1.0, 2.0, 3.0, 4.0]])}
   index = upcycle.select(specs, factor, score=score_of, cap=3)
   grown = param.flat(jax.jit(lambda tree: upcycle.grow(tree, specs, index))(params))
   after = param.flat(model.specs(wider(CFG, factor)))
-  assert {name: a.shape for name, a in grown.items()} == {name: s.shape for name, s in after.items()}
+  assert {name: a.shape for name, a in grown.items()} == {
+      name: s.shape for name, s in after.items()}
   for name, a in param.flat(params).items():
     table = param.flat(specs)[name]
     if 'expert' not in table.axes:
       np.testing.assert_array_equal(grown[name], a)
       continue
     for r, sources in enumerate(np.atleast_2d(index[upcycle.layer_of(name)])):
-      one, many = (np.asarray(x)[r] if 'layers' in table.axes else np.asarray(x) for x in (a, grown[name]))
+      one, many = (
+          np.asarray(x)[r] if 'layers' in table.axes else np.asarray(x) for x in (a, grown[name]))
       axis = table.axes.index('expert') - ('layers' in table.axes)
       np.testing.assert_array_equal(sources[:4], range(4))
       for i, e in enumerate(sources):
@@ -63,10 +71,12 @@ def test_originals_come_first_and_copies_are_their_sources_bit_for_bit(factor):
 
 
 def test_greedy_counts():
-  counts = np.bincount(upcycle.greedy(np.random.default_rng(0).permutation(32), 32, 3), minlength=32)
+  counts = np.bincount(
+      upcycle.greedy(np.random.default_rng(0).permutation(32), 32, 3), minlength=32)
   assert sorted(counts)[::-1][:12] == [3] * 10 + [2, 0]
-  np.testing.assert_array_equal(np.bincount(upcycle.greedy(np.arange(5), 15, 1)), 3)          # cap 1 is uniform
-  np.testing.assert_array_equal(np.bincount(upcycle.greedy(np.arange(4), 12, 2)), [2, 2, 4, 4])  # and a second time round
+  # Cap 1 is uniform; when all have their copies it goes round a second time.
+  np.testing.assert_array_equal(np.bincount(upcycle.greedy(np.arange(5), 15, 1)), 3)
+  np.testing.assert_array_equal(np.bincount(upcycle.greedy(np.arange(4), 12, 2)), [2, 2, 4, 4])
   np.testing.assert_array_equal(np.bincount(upcycle.uniform(4, 12)), 3)
 
 
@@ -74,13 +84,15 @@ def test_weighted_selection_follows_the_scores():
   score_of = np.array([1.0, 2.0, 3.0, 2.0])
   counts = np.bincount(upcycle.weighted(score_of, 40_000, 1.0, 0), minlength=4) / 40_000
   np.testing.assert_allclose(counts, np.exp(score_of / 2) / np.exp(score_of / 2).sum(), atol=0.01)
-  np.testing.assert_array_equal(upcycle.weighted(score_of, 9, 1.0, 7), upcycle.weighted(score_of, 9, 1.0, 7))
+  np.testing.assert_array_equal(
+      upcycle.weighted(score_of, 9, 1.0, 7), upcycle.weighted(score_of, 9, 1.0, 7))
   np.testing.assert_array_equal(upcycle.weighted(score_of, 9, 0.01, 7), 2)
 
 
 def test_copies_stay_in_their_group():
   _, _, specs = scale(experts=6, groups=2)
-  index = upcycle.select(specs, 2, score={'ffn': np.array([1.0, 2, 3, 9, 8, 7])}, cap=2, groups=2)['ffn']
+  index = upcycle.select(
+      specs, 2, score={'ffn': np.array([1.0, 2, 3, 9, 8, 7])}, cap=2, groups=2)['ffn']
   np.testing.assert_array_equal(index, [0, 1, 2, 2, 2, 1, 3, 4, 5, 3, 3, 4])
   np.testing.assert_array_equal(np.flatnonzero(upcycle.is_copy(index)), [3, 4, 5, 9, 10, 11])
 
@@ -90,13 +102,16 @@ def test_moments_follow_the_copies():
   index = upcycle.select(specs, 2)
   moments = param.split(jax.tree.map(np.square, params), specs)[0]
   grow = jax.jit(lambda tree: upcycle.grow(tree, specs, index))
-  moved = jax.jit(lambda after, how: upcycle.grow_moments(moments, specs, index, how, params, after), static_argnums=1)
+  moved = jax.jit(
+      lambda after, how: upcycle.grow_moments(moments, specs, index, how, params, after),
+      static_argnums=1)
   after = grow(params)
   grown = {how: moved(after, how) for how in upcycle.OPTIMIZERS}
   jax.tree.map(np.testing.assert_array_equal, grown['copy'], grow(moments))
   for name in ('head/0/ffn/down', 'blocks/0/ffn/router'):
     axis = param.flat(specs)[name].axes.index('expert')
-    halves = {how: np.split(np.asarray(param.flat(tree)[name]), 2, axis) for how, tree in grown.items()}
+    halves = {
+        how: np.split(np.asarray(param.flat(tree)[name]), 2, axis) for how, tree in grown.items()}
     for how, share in (('copy', 1), ('reset', 0), ('scale', 0.5)):
       np.testing.assert_array_equal(halves[how][0], halves['copy'][0])
       np.testing.assert_allclose(halves[how][1], share * halves['copy'][0], rtol=1e-6)
@@ -108,14 +123,17 @@ def test_moments_follow_the_copies():
 
 
 def test_counters_of_copies_begin_at_zero():
-  np.testing.assert_array_equal(upcycle.grow_load(jnp.array([5, 6, 7]), np.array([0, 1, 2, 2, 0, 2])), [5, 6, 7, 0, 0, 0])
+  np.testing.assert_array_equal(
+      upcycle.grow_load(jnp.array([5, 6, 7]), np.array([0, 1, 2, 2, 0, 2])), [5, 6, 7, 0, 0, 0])
 
 
 # ---- The function at the switch
 
-@pytest.mark.parametrize('scores, renormalise, factor', [('softmax', False, 2), ('sigmoid', True, 3)])
+@pytest.mark.parametrize(
+    'scores, renormalise, factor', [('softmax', False, 2), ('sigmoid', True, 3)])
 def test_routing_to_all_copies_is_the_source(scores, renormalise, factor):
-  cfg, params, specs = scale(scores=scores, renormalise=renormalise, bias_rate=0.01 if scores == 'sigmoid' else 0.0)
+  cfg, params, specs = scale(
+      scores=scores, renormalise=renormalise, bias_rate=0.01 if scores == 'sigmoid' else 0.0)
   x, _ = tiny.rows()
   grown = upcycle.grow(params, specs, upcycle.select(specs, factor))
   same, _ = run(grown, wider(cfg, factor, top_k=2 * factor), x)
@@ -130,8 +148,9 @@ def test_two_experts_of_doubled_ones_are_the_sources_best():
   best = dataclasses.replace(cfg, moe=dataclasses.replace(cfg.moe, top_k=1))
   np.testing.assert_allclose(y, run(params, best, x)[0], atol=2e-6)
   assert np.abs(y - run(params, cfg, x)[0]).max() > 0.1
-  np.testing.assert_array_equal(extras['routes'][..., 0] + 4, extras['routes'][..., 1])       # two, and not one twice
-  assert layer.flops(wider(cfg, 2), 1) - layer.flops(cfg, 1) == 2 * tiny.WIDTH * 4            # the router's new columns
+  # Two, and not one twice; the flops grow by the router's new columns.
+  np.testing.assert_array_equal(extras['routes'][..., 0] + 4, extras['routes'][..., 1])
+  assert layer.flops(wider(cfg, 2), 1) - layer.flops(cfg, 1) == 2 * tiny.WIDTH * 4
 
 
 # ---- Noise, and what it is for
@@ -141,7 +160,8 @@ def test_noise_is_on_copies_only_absolute_and_of_the_seed(bias_rate):
   cfg, params, specs = scale(bias_rate=bias_rate)
   name = 'bias' if bias_rate else 'router'
   if bias_rate:
-    params['ffn']['bias'] = jnp.full(4, 0.3)           # all equal: noise in proportion to their spread would be none
+    # All equal: noise in proportion to their spread would be none.
+    params['ffn']['bias'] = jnp.full(4, 0.3)
   index = upcycle.select(specs, 2)
   grown = upcycle.grow(params, specs, index)
   table = {'ffn': layer.specs(wider(cfg, 2))}
@@ -159,9 +179,13 @@ def test_noise_is_on_copies_only_absolute_and_of_the_seed(bias_rate):
 
 
 def train(params, cfg, steps=60):
-  """Adam on a linear map of fresh tokens, with the selection bias as in a run; parameters, and the loads of the end."""
+  """Adam on a linear map of fresh tokens, with the selection bias as in a run.
+
+  Returns the parameters, and the loads of the end.
+  """
   specs, tx = layer.specs(cfg), optax.adam(1e-2)
-  target = jnp.asarray(np.random.default_rng(5).standard_normal((tiny.WIDTH, tiny.WIDTH)), jnp.float32)
+  target = jnp.asarray(
+      np.random.default_rng(5).standard_normal((tiny.WIDTH, tiny.WIDTH)), jnp.float32)
 
   def step(carry, key):
     params, state = carry
@@ -191,7 +215,8 @@ def test_copies_part_with_noise_and_never_without_and_loads_become_even():
   cfg, params, specs = scale(bias_rate=0.01)
   index, table = upcycle.select(specs, 2), {'ffn': layer.specs(wider(cfg, 2))}
   grown = upcycle.grow(params, specs, index)
-  still = dataclasses.replace(cfg, moe=dataclasses.replace(upcycle.grown(cfg.moe, 2), bias_rate=0.0))
+  still = dataclasses.replace(
+      cfg, moe=dataclasses.replace(upcycle.grown(cfg.moe, 2), bias_rate=0.0))
   same, _ = train({'ffn': {k: a for k, a in grown['ffn'].items() if k != 'bias'}}, still)
   for name in ('gate', 'up', 'down'):
     np.testing.assert_array_equal(same['ffn'][name][:4], same['ffn'][name][4:])
@@ -199,7 +224,8 @@ def test_copies_part_with_noise_and_never_without_and_loads_become_even():
   noisy, loads = train(upcycle.perturb(grown, table, index), wider(cfg, 2), steps=300)
   assert (upcycle.similarity(noisy, table, index)['ffn'][4:] < 0.99).all()
   np.testing.assert_allclose(upcycle.similarity(grown, table, index)['ffn'], 1, rtol=1e-5)
-  # Of the last 50 steps together: everyone near K / (m E), from a start where two of eight take more than half.
+  # Of the last 50 steps together: everyone near K / (m E), from a start where two of eight take
+  # more than half.
   metrics = router.load_metrics(loads[-50:].sum(0))
   assert metrics['violation'] < 0.25 and metrics['idle'] == 0, metrics
   assert router.load_metrics(loads[0])['violation'] > 0.5
@@ -210,9 +236,14 @@ def test_copies_part_with_noise_and_never_without_and_loads_become_even():
 def test_scores_by_hand():
   specs = model.specs(CFG)
   params, grads, second = (tiny.draw(specs, seed) for seed in range(3))
-  squares = lambda tree, r, e: sum((np.asarray(tree['blocks']['0']['ffn'][n], np.float64)[r, e] ** 2).sum() for n in ('gate', 'up'))
-  hand = {'grad_sq': lambda w, g, v: g, 'saliency': lambda w, g, v: np.sqrt(w * g), 'weight': lambda w, g, v: np.sqrt(w),
-          'fisher': lambda w, g, v: g / (np.sqrt(v) + 1e-8)}
+  squares = lambda tree, r, e: sum(
+      (np.asarray(tree['blocks']['0']['ffn'][n], np.float64)[r, e] ** 2).sum()
+      for n in ('gate', 'up'))
+  hand = {
+      'grad_sq': lambda w, g, v: g,
+      'saliency': lambda w, g, v: np.sqrt(w * g),
+      'weight': lambda w, g, v: np.sqrt(w),
+      'fisher': lambda w, g, v: g / (np.sqrt(v) + 1e-8)}
   for kind, formula in hand.items():
     found = upcycle.scores(kind, specs, params, grads, second)
     assert {name: s.shape for name, s in found.items()} == {LAYERS[0]: (4,), LAYERS[1]: (2, 4)}
@@ -221,7 +252,8 @@ def test_scores_by_hand():
         want = formula(*(squares(tree, r, e) for tree in (params, grads, second)))
         np.testing.assert_allclose(found[LAYERS[1]][r, e], want, rtol=1e-5, err_msg=kind)
   found, other = (upcycle.scores('grad_sq', specs, params, tree) for tree in (grads, second))
-  np.testing.assert_allclose(upcycle.average([found, other])[LAYERS[0]], (found[LAYERS[0]] + other[LAYERS[0]]) / 2)
+  np.testing.assert_allclose(
+      upcycle.average([found, other])[LAYERS[0]], (found[LAYERS[0]] + other[LAYERS[0]]) / 2)
   with_down = upcycle.scores('grad_sq', specs, params, grads, arrays=('gate', 'up', 'down'))
   down = np.square(grads['head']['0']['ffn']['down']).sum((1, 2))
   np.testing.assert_allclose(with_down[LAYERS[0]], found[LAYERS[0]] + down, rtol=1e-5)
@@ -239,7 +271,8 @@ def test_scores_are_the_same_on_any_mesh_and_follow_the_experts():
   np.testing.assert_allclose(split, found, rtol=1e-4)
   order = np.array([2, 0, 3, 1])
   mixed = upcycle.grow(params, specs, {'ffn': order})
-  np.testing.assert_allclose(upcycle.scores('grad_sq', specs, mixed, gradients(mixed))['ffn'], found[order], rtol=1e-4)
+  np.testing.assert_allclose(
+      upcycle.scores('grad_sq', specs, mixed, gradients(mixed))['ffn'], found[order], rtol=1e-4)
 
 
 def test_growth_of_sharded_parameters_is_growth():
@@ -258,12 +291,17 @@ def test_growth_of_sharded_parameters_is_growth():
 
 @pytest.mark.parametrize('call, match', [
     (lambda specs: upcycle.select(specs, 0), 'factor is 0, wanted a whole number of at least 1'),
-    (lambda specs: upcycle.select(specs, 2, allocation='fair'), "allocation is 'fair', wanted greedy or weighted"),
+    (lambda specs: upcycle.select(specs, 2, allocation='fair'),
+     "allocation is 'fair', wanted greedy or weighted"),
     (lambda specs: upcycle.select(specs, 2, cap=0), 'cap 0 must be at least 1'),
-    (lambda specs: upcycle.select({'ffn': {}}, 2), 'no experts to copy; a dense one is made a mixture'),
-    (lambda specs: upcycle.scores('loss', specs, specs), "unknown scores 'loss'; known are grad_sq"),
-    (lambda specs: upcycle.scores('fisher', specs, specs, specs), "'fisher' need gradients and second moments"),
-    (lambda specs: upcycle.grow_moments({}, specs, {}, 'forget', {}, {}), "optimizer is 'forget', wanted one of copy"),
+    (lambda specs: upcycle.select({'ffn': {}}, 2),
+     'no experts to copy; a dense one is made a mixture'),
+    (lambda specs: upcycle.scores('loss', specs, specs),
+     "unknown scores 'loss'; known are grad_sq"),
+    (lambda specs: upcycle.scores('fisher', specs, specs, specs),
+     "'fisher' need gradients and second moments"),
+    (lambda specs: upcycle.grow_moments({}, specs, {}, 'forget', {}, {}),
+     "optimizer is 'forget', wanted one of copy"),
 ])
 def test_what_cannot_be_meant_is_refused(call, match):
   with pytest.raises(ValueError, match=match):
@@ -277,11 +315,13 @@ ALONE = dataclasses.replace(DENSE, repeats=0)          # the first layer only
 
 
 def mixture(dense, **changes):
-  return dataclasses.replace(dense, ffn='moe', moe=MoE(**(dict(experts=8, top_k=4, ffw_dim=24) | changes)))
+  return dataclasses.replace(
+      dense, ffn='moe', moe=MoE(**(dict(experts=8, top_k=4, ffw_dim=24) | changes)))
 
 
 def from_dense(params, dense, cfg, slices):
-  make = lambda p: upcycle.from_dense(p, model.specs(dense), model.specs(cfg), cfg.moe, jax.random.key(3), slices)
+  make = lambda p: upcycle.from_dense(
+      p, model.specs(dense), model.specs(cfg), cfg.moe, jax.random.key(3), slices)
   return jax.tree.map(np.asarray, jax.jit(make)(params))
 
 
@@ -291,7 +331,8 @@ def test_a_mixture_of_a_dense_model_begins_as_that_model(slices):
   params, rows = tiny.draw(model.specs(ALONE)), nn_tiny.batch(nn_tiny.tokens(2, 9))
   out = nn_tiny.forward(from_dense(params, ALONE, cfg, slices), cfg, rows)
   np.testing.assert_allclose(out.hidden, nn_tiny.forward(params, ALONE, rows).hidden, atol=1e-5)
-  assert len({tuple(r) for r in np.asarray(out.routes[0]).reshape(-1, 4)}) > 1         # the router does choose
+  # The router does choose.
+  assert len({tuple(r) for r in np.asarray(out.routes[0]).reshape(-1, 4)}) > 1
 
 
 def test_every_expert_of_every_layer_is_a_slice_of_its_layer():
@@ -299,7 +340,8 @@ def test_every_expert_of_every_layer_is_a_slice_of_its_layer():
   cfg = mixture(DENSE, ffw_dim=8, scale=3, experts=9, top_k=3)
   sparse = from_dense(params, DENSE, cfg, 3)
   for old, new in ((params['head']['0'], sparse['head']['0']), *(
-      jax.tree.map(lambda a, r=r: a[r], (params['blocks']['0'], sparse['blocks']['0'])) for r in range(2))):
+      jax.tree.map(lambda a, r=r: a[r], (params['blocks']['0'], sparse['blocks']['0']))
+      for r in range(2))):
     for e in range(9):
       mine = slice(8 * (e % 3), 8 * (e % 3) + 8)
       np.testing.assert_array_equal(new['ffn']['up'][e], old['ffn']['up'][:, mine])

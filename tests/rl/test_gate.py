@@ -1,4 +1,4 @@
-"""The gate on reuse: what it refuses, what it remembers, and that a refusal leaves the optimiser alone."""
+"""The gate on reuse: what it refuses and remembers; a refusal leaves the optimiser alone."""
 
 import collections
 import math
@@ -40,7 +40,8 @@ def drive(tx, norms, uses, grads=GRADS):
     _, state = tx.update(grads, state, PARAMS, head_norm=one[0], use=one[1])
     return state, state
   norms = jnp.asarray(norms, jnp.float32)
-  return jax.jit(lambda s: jax.lax.scan(step, s, (norms, jnp.asarray(uses, jnp.int32))))(tx.init(PARAMS))[1]
+  return jax.jit(lambda s: jax.lax.scan(
+      step, s, (norms, jnp.asarray(uses, jnp.int32))))(tx.init(PARAMS))[1]
 
 
 @pytest.mark.parametrize('threshold', [-0.5, 0.1, 1.0])
@@ -114,7 +115,7 @@ def test_the_energy_may_be_the_square():
 
 @pytest.mark.parametrize('threshold', [0.1, 0.5, 1.0])
 def test_uses_of_a_batch_follow_the_closed_form(threshold):
-  """With independent normal increments, sum over j < K of Phi(threshold)^j; the first use is free."""
+  """With independent normal increments, sum over j < K of Phi(threshold)^j; the first is free."""
   increments = jnp.asarray(np.random.default_rng(3).standard_normal(20000), jnp.float32)
   tx = gate.gate(optax.identity(), threshold, 64)
 
