@@ -46,7 +46,7 @@ def main() -> None:
     axes.set(xscale='log', xlabel='pairs in a row', ylabel='accuracy of the answers, held out',
              xticks=pairs, xticklabels=pairs, ylim=(0, 1.02))
     axes.minorticks_off()
-    axes.legend()
+    axes.legend(loc='center left', bbox_to_anchor=(0, 0.72))
 
   common.figure(common.ROOT / 'docs/images/mqar.svg', draw)
 
