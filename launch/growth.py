@@ -84,6 +84,9 @@ def check(o: Options, specs: Any, opt_state: Any) -> None:
   """
   if not upcycle.layers(specs):
     raise ValueError('the model has no experts to copy: it is dense')
+  if 'lora' in specs:
+    raise ValueError('experts under adapters are frozen and cannot grow; merge the adapters first, '
+                     'by launch/adapters.py --merged, and leave model.lora out')
   squares = param.flat(optimizer.mean_squares(opt_state))
   if o.selection == 'fisher' and not all(
       hasattr(squares[name], 'shape') for name, s in param.flat(specs).items()
