@@ -16,18 +16,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 
 from nn import hf, param
 from nn.config import ModelConfig
 
-DTYPES = {'F32': np.dtype(np.float32), 'BF16': np.dtype(ml_dtypes.bfloat16),
+DTYPES = {'F32': np.dtype(np.float32), 'BF16': np.dtype(jnp.bfloat16),
           'F16': np.dtype(np.float16)}
 LONGEST_HEADER = 100_000_000           # bytes; the format's own limit
 SHARD_BYTES = 5_000_000_000            # of a file
 INDEX = 'model.safetensors.index.json'
-PICKLES = ('*.bin', '*.pt', '*.pth', '*.pkl', '*.ckpt')
+PICKLES = ('pytorch_model*.bin', '*.pt', '*.pth', '*.pkl', '*.ckpt')
 TOKENIZER = ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'vocab.json',
              'merges.txt', 'added_tokens.json', 'chat_template.jinja', 'chat_template.json',
              '*.model')
@@ -228,8 +228,10 @@ def save(
     ValueError: the folder exists, or no family can hold the model.
     OSError: it could not be written; then nothing is left of it.
   """
-  folder = Path(folder).absolute()
-  family, config = check_save(folder, cfg, origin)
+  folder, mine = Path(folder).absolute(), jax.process_index() == 0
+  if mine and folder.exists():
+    raise ValueError(f'{folder} exists; models are never written over')
+  family, config = describe(cfg, origin)
   pieces = collections.defaultdict(list)
   for piece in hf.pieces(family, cfg):
     pieces[piece.path].append(piece)
@@ -241,7 +243,6 @@ def save(
   generation = origin.generation if origin else dict(ids or {})
   config = (config if origin else generation | config)
   partial = folder.with_name(f'{folder.name}.partial-{os.getpid()}')
-  mine = jax.process_index() == 0
   try:
     if mine:
       partial.mkdir(parents=True)
@@ -262,12 +263,8 @@ def save(
       shutil.rmtree(partial, ignore_errors=True)
 
 
-def check_save(
-    folder: str | Path, cfg: ModelConfig, origin: Origin | None,
-) -> tuple[hf.Family, dict[str, Any]]:
-  """The family and the config.json of what `save` would write; writes nothing."""
-  if Path(folder).exists():
-    raise ValueError(f'{folder} exists; models are never written over')
+def describe(cfg: ModelConfig, origin: Origin | None) -> tuple[hf.Family, dict[str, Any]]:
+  """The family and the config.json of what `save` would write."""
   family = hf.family_of(origin.config) if origin else hf.choose(cfg)
   return family, hf.public_config(family, cfg, origin and origin.config)
 

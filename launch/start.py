@@ -96,7 +96,9 @@ def check(run: Run, built: list[Built], settings: Settings, saved: dict | None,
   if settings.init:
     checkpoint.check_params(settings.init, param.abstract(run.specs), run.cfg)
   if settings.export:
-    hf_files.check_save(settings.export, run.cfg, settings.origin)
+    if Path(settings.export).exists():
+      raise ValueError(f'export: {settings.export} exists; models are never written over')
+    hf_files.describe(run.cfg, settings.origin)
   kind = lambda b: jax.tree.structure(abstract_state(run, b).opt_state)
   for before, b in zip(built, built[1:]):
     if not b.reset_optimizer and kind(before) != kind(b):
@@ -304,6 +306,8 @@ def export(run: Run, settings: Settings, params: Any, tokenizer: str) -> None:
   hf_files.save(settings.export, run.cfg, lambda path: mesh_lib.gather(leaves[path]),
                 origin=settings.origin, tokenizer='' if tokenizer == 'bytes' else tokenizer,
                 ids=models.special_ids(tokenizer))
+  if jax.process_index() == 0:
+    print(f'export: {settings.export}')
 
 
 def finish(run: Run) -> None:
