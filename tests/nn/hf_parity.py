@@ -149,6 +149,8 @@ def public_model(kind: str, changes: dict):
         continue
       spread = 0.5 if tensor.ndim < 2 else 1.3 * tensor.shape[-1] ** -0.5
       shift = 0.7 if tensor.ndim < 2 else 0.0
+      if 'norm' in name and not tensor.any():
+        shift -= 1                     # of a norm that adds 1: the same gains as the others have
       tensor.copy_(torch.tensor(shift + spread * rng.standard_normal(tuple(tensor.shape))))
     for name, tensor in made.named_buffers():
       if name in saved:                # the others follow from the config
