@@ -23,7 +23,6 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 import launch.memory
-from nn import lora
 
 Tree = Any
 
@@ -240,10 +239,13 @@ def check_params(path: str | Path, abstract_params: Tree) -> Path:
 
 
 def as_saved(path: str | Path, abstract_params: Tree) -> Tree:
-  """abstract_params without the adapters, where the checkpoint is of the model without any."""
-  if any(name.startswith('params/lora/') for name in read_meta(find(path))['leaves']):
-    return abstract_params
-  return lora.base(abstract_params)
+  """abstract_params without adapters and without heads of multi-token prediction, where the checkpoint
+  is of the model without any.
+  """
+  saved = {name.split('/')[1] for name in read_meta(find(path))['leaves']
+           if name.startswith('params/')}
+  return {name: part for name, part in abstract_params.items()
+          if name in saved or name not in ('lora', 'mtp')}
 
 
 def load_params(path: str | Path, abstract_params: Tree) -> Tree:
