@@ -155,7 +155,7 @@ def gradient(method, microbatches=1, forward=forward, batch=None):
 
 
 def close(a, b, atol=3e-6):
-  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=atol), a, b)
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=atol), a, b)
 
 
 # The estimator does not matter here: advantages are given.
