@@ -31,6 +31,8 @@ def get_config() -> ConfigDict:
   c.tokenizer = 'bytes'                # or a tokenizer.json, its folder, a SentencePiece *.model
   c.phases = ('pretrain',)             # in this order: pretrain, sft, rl
   c.init = ''                          # checkpoint whose parameters the first phase starts from
+  c.model_from = ''                    # checkpoint whose model this is; '': c.model alone says it
+  c.export = ''                        # folder for the model at the end, as transformers reads it
   c.streams = 1                        # sub-streams of the data; a multiple of the processes
   c.report = True                      # write report.html at the end
 
@@ -79,7 +81,7 @@ def get_config() -> ConfigDict:
   c.rl.top_p = 1.0                     # sample among the likeliest ids that hold this probability
   c.rl.min_p = 0.0                     # drop ids below this share of the likeliest one's chance
   c.rl.support = 64                    # ids recorded per token when these three cut some off
-  c.rl.routing_replay = False          # training takes the experts that sampling took, see docs/architecture.md
+  c.rl.routing_replay = False          # training takes the experts that sampling took, gates anew
   c.rl.stop = ()                       # strings that end a response, beside the end token
   c.rl.methods = ('grpo',)             # names in rl/methods, composed in this order
   for name in METHODS:

@@ -11,6 +11,7 @@ from typing import Any
 from evals.metrics import LETTERS
 
 ASK = 'Answer with the letter of the right choice.'
+WINDOW = 4096          # tokens of a text that are read at once, where the model could read more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +74,8 @@ def letters(row: dict, codec: Codec, names: dict[str, str]) -> list[Example]:
 
 
 def document(row: dict, codec: Codec, names: dict[str, str]) -> list[Example]:
-  """A text in windows of what the model reads at once; each but the first token is scored once.
+  """A text in windows of what the model reads, at most WINDOW; each but the first token is scored
+  once.
 
   From the second window on, the first half is context: it was scored before.
   """
@@ -81,7 +83,7 @@ def document(row: dict, codec: Codec, names: dict[str, str]) -> list[Example]:
   ids = codec.whole(text)
   if len(ids) < 2:
     raise ValueError('the text is a single token, with nothing to predict it from')
-  length, found = codec.max_length, []
+  length, found = min(codec.max_length, WINDOW), []
   done, stop = 1, min(length, len(ids))
   while done < len(ids):
     info = {'tokens': stop - done, 'bytes': 0 if found else len(text.encode())}

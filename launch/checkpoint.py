@@ -4,6 +4,7 @@ A step folder appears whole, by a rename, or not at all. The newest few and the 
 """
 
 import contextlib
+import dataclasses
 import errno
 import functools
 import importlib.metadata
@@ -14,7 +15,7 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 import launch.memory
+from launch import hf_files
+from nn import param
+from nn.config import MTP, ModelConfig
 
 Tree = Any
 
@@ -226,36 +230,75 @@ def load_memory(folder: Path) -> Tree:
     return launch.memory.decode(document, arrays)
 
 
-def check_params(path: str | Path, abstract_params: Tree) -> Path:
-  """The step folder that a path means, see `find`; reads no arrays.
+def check_params(path: str | Path, abstract_params: Tree, cfg: ModelConfig | None = None) -> None:
+  """Compares parameters that a path means, see `find`, with a template; reads no arrays.
+
+  Args:
+    cfg: the model, without which Hugging Face folders cannot be read.
 
   Raises:
     ValueError: no checkpoint there, or parameters that are missing, not wanted or misshapen.
   """
-  folder = find(path)
+  if cfg and hf_files.is_folder(path):
+    hf_files.Opened(path, _held(cfg, abstract_params))
+  else:
+    _check_folder(find(path), abstract_params)
+
+
+def _held(cfg: ModelConfig, abstract_params: Tree) -> ModelConfig:
+  """The model of these parameters, which may be without heads of multi-token prediction."""
+  return cfg if 'mtp' in abstract_params else dataclasses.replace(cfg, mtp=MTP())
+
+
+def _check_folder(folder: Path, abstract_params: Tree) -> None:
   found = {k: v for k, v in read_meta(folder)['leaves'].items() if k.startswith('params/')}
   _compare(folder, found, _leaves({'params': abstract_params}), dtypes=False)
-  return folder
 
 
 def as_saved(path: str | Path, abstract_params: Tree) -> Tree:
-  """abstract_params without adapters and without heads of multi-token prediction, where the checkpoint
-  is of the model without any.
+  """abstract_params without adapters and without heads of multi-token prediction, where what the path
+  means is a model without any.
   """
-  saved = {name.split('/')[1] for name in read_meta(find(path))['leaves']
-           if name.startswith('params/')}
+  if hf_files.is_folder(path):
+    saved = {'mtp'} if hf_files.model_config(path).mtp.depth else set()
+  else:
+    saved = {name.split('/')[1] for name in read_meta(find(path))['leaves']
+             if name.startswith('params/')}
   return {name: part for name, part in abstract_params.items()
           if name in saved or name not in ('lora', 'mtp')}
 
 
-def load_params(path: str | Path, abstract_params: Tree) -> Tree:
+def load_params(path: str | Path, abstract_params: Tree, cfg: ModelConfig | None = None) -> Tree:
   """Parameters only, placed and cast as abstract_params says; see `check_params`."""
-  folder, wanted = check_params(path, abstract_params), {'params': _placed(abstract_params)}
+  if cfg and hf_files.is_folder(path):
+    return hf_files.load(path, _held(cfg, abstract_params), abstract_params)
+  folder, wanted = find(path), {'params': _placed(abstract_params)}
+  _check_folder(folder, abstract_params)
   _quiet()
   with _damaged(folder), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
     how = ocp.checkpoint_utils.construct_restore_args(wanted)
     return reader.restore(folder / 'state', args=ocp.args.PyTreeRestore(
         wanted, restore_args=how, partial_restore=True))['params']
+
+
+@contextlib.contextmanager
+def reader(path: str | Path) -> Iterator[Callable[[str], np.ndarray]]:
+  """array(name of a parameter) -> the parameter, in the dtype it was saved in; one at a time."""
+  folder, leaves = find(path), read_meta(find(path))['leaves']
+  _quiet()
+  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as opened:
+    def array(name):
+      if f'params/{name}' not in leaves:
+        raise ValueError(f'checkpoint {folder} has no parameter {name}')
+      shape, dtype = leaves[f'params/{name}']
+      wanted = {'params': param.unflat({name: jax.ShapeDtypeStruct(shape, dtype)})}
+      wanted = _placed(wanted)
+      with _damaged(folder):
+        found = opened.restore(folder / 'state', args=ocp.args.PyTreeRestore(
+            wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+            partial_restore=True))
+      return np.asarray(jax.tree.leaves(found)[0])
+    yield array
 
 
 def save_params(folder: str | Path, params: Tree, meta: Mapping[str, Any]) -> None:
@@ -271,9 +314,12 @@ def save_params(folder: str | Path, params: Tree, meta: Mapping[str, Any]) -> No
   meta = _json({**provenance(), **meta, 'leaves': _leaves(state)})
   _quiet()
   try:
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
+    # Floats do not compress, and trying takes as much memory again as they have.
+    plain = ocp.PyTreeCheckpointHandler(use_compression=False)
+    handler = ocp.CompositeCheckpointHandler(state=plain, meta=ocp.JsonCheckpointHandler())
+    with ocp.Checkpointer(handler) as writer:
       writer.save(folder, args=ocp.args.Composite(
-          state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)))
+          state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(meta)))
   except (OSError, ValueError, RuntimeError) as error:
     _remove_partial(folder)
     needed = sum(x.nbytes for x in jax.tree.leaves(params))
@@ -297,9 +343,9 @@ def find(path: str | Path) -> Path:
     if not (steps := whole_steps(path / FOLDER)):
       raise ValueError(f'{path} is a workdir without a whole checkpoint')
     return path / FOLDER / str(steps[-1])
-  if list(path.glob('*.safetensors')):
-    raise ValueError(f'{path} looks like a Hugging Face folder; only workdirs and step folders '
-                     'can be read')
+  if hf_files.is_folder(path):
+    raise ValueError(f'{path} is a Hugging Face folder, and a checkpoint is wanted; launch/convert.py '
+                     'makes one of it')
   raise ValueError(f'{path} is no checkpoint: a workdir has a folder {FOLDER}, a step folder has '
                    'state and meta')
 

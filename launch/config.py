@@ -26,7 +26,7 @@ PHASES = ('pretrain', 'sft', 'rl')
 
 # What a resumed run may change; any other difference makes it another run.
 MAY_CHANGE = re.compile(
-    r'(pretrain|sft|rl)\.(steps|microbatches)|(checkpoint|eval|log)\.every|report|mesh\.\w+')
+    r'(pretrain|sft|rl)\.(steps|microbatches)|(checkpoint|eval|log)\.every|report|export|mesh\.\w+')
 
 ABSENT = '(absent)'
 

@@ -64,7 +64,7 @@ def main(arguments: list[str]) -> int:
 
 def parse(arguments: list[str]):
   p = cli.parser(__doc__, cli.asking_parser(temperature=0.0))
-  p.add_argument('--model', required=True, help='folder of a run, or of one of its steps')
+  p.add_argument('--model', required=True, help='a run, one of its steps, or a Hugging Face folder')
   p.add_argument('--step', type=int, help='of the checkpoint; the newest if not given')
   p.add_argument('--task', action='append', required=True, help='may be given several times')
   p.add_argument('--files', action='append', required=True, nargs='+',

@@ -5,6 +5,7 @@ fetched while the next one runs, so the device never waits for the host.
 """
 
 import dataclasses
+import functools
 import signal
 import time
 from collections.abc import Callable
@@ -12,8 +13,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-
-from nn import param
 
 
 class Feed(NamedTuple):
@@ -204,6 +203,6 @@ def is_evaluated(phase: Phase, step: int) -> bool:
 
 def dump_batch(path: str, batch: Any) -> str:
   """Writes a batch of numpy arrays as .npz, for a post-mortem; returns the path."""
-  leaves = param.flat({f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)})
-  np.savez(path, **{name: np.asarray(x) for name, x in leaves.items() if x is not None})
+  name = functools.partial(jax.tree_util.keystr, simple=True, separator='/')
+  np.savez(path, **{name(place): x for place, x in jax.tree.leaves_with_path(batch)})
   return path

@@ -137,13 +137,14 @@ def build_reference(run: Any, c: Any, method: Method) -> Callable:
   abstract = param.abstract(run.specs, run.shardings)
   if path:
     abstract = checkpoint.as_saved(path, abstract)
-    checkpoint.check_params(path, abstract)
+    checkpoint.check_params(path, abstract, run.cfg)
   else:
     abstract = lora.changing(abstract)
 
   def enter(params, begins):
     if begins:
-      chosen = checkpoint.load_params(path, abstract) if path else lora.changing(params)
+      chosen = (checkpoint.load_params(path, abstract, run.cfg) if path
+                else lora.changing(params))
       replace_params(folder, chosen, path or 'the policy at the start of the RL phase')
     # Read back: the policy's own arrays are donated to the next train step.
     run.weights['reference'] = checkpoint.load_params(folder, abstract)

@@ -15,7 +15,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from launch import cli  # noqa: E402
 
-KINDS = (('text',), ('tokens',), ('prompt', 'response'), ('messages',))
 PASSES = 64            # whose rows are held at once, to be sorted by length
 
 
@@ -41,9 +40,9 @@ def main(arguments: list[str]) -> int:
     with jax.set_mesh(speaker.mesh), files.whole(Path(options.output)) as out:
       for first in range(0, len(rows), PASSES * options.rows):
         some = range(first, min(first + PASSES * options.rows, len(rows)))
-        found = [fields.at(rows, i, lambda row: read(row, speaker)) for i in some]
+        found = [fields.at(rows, i, lambda row: scoring.read(row, speaker)) for i in some]
         for row, values in zip(found, logp([row['tokens'] for row in found], line.add)):
-          row = scored(row, values)
+          row = scoring.scored(row, values)
           total, tokens = total + row['sum'], tokens + row.pop('scored')
           out.write((json.dumps(row, ensure_ascii=False, allow_nan=False) + '\n').encode())
   print(f'{len(rows)} rows, {tokens} tokens scored, perplexity '
@@ -53,55 +52,13 @@ def main(arguments: list[str]) -> int:
 
 def parse(arguments: list[str]):
   p = cli.parser(__doc__)
-  p.add_argument('--model', required=True, help='folder of a run, or of one of its steps')
+  p.add_argument('--model', required=True, help='a run, one of its steps, or a Hugging Face folder')
   p.add_argument('--step', type=int, help='of the checkpoint; the newest if not given')
   p.add_argument('--input', required=True, help='file of rows, or a glob')
   p.add_argument('--output', required=True, help='file to write; it appears when it is complete')
   p.add_argument('--rows', type=int, default=8, help='scored at once')
   p.add_argument('--mesh', default='data=1', help='devices along mesh axes, for instance model=4')
   return p.parse_args(arguments)
-
-
-def read(row: dict, speaker) -> dict:
-  """{'id' if there is one, 'tokens': ids, 'mask': 1 where a token is to be scored}."""
-  from data import fields
-  tokenizer, most = speaker.tokenizer, speaker.cfg.max_length
-  kinds = [names for names in KINDS if row.keys() >= set(names)]
-  if len(kinds) != 1:
-    wanted = ', or '.join(' and '.join(map(repr, names)) for names in KINDS)
-    raise ValueError(f'the row has {sorted(row)}; wanted {wanted}, one of them')
-  if kinds[0] == ('tokens',):
-    ids = fields.ids(row, 'tokens', tokenizer.vocab_size)
-    mask = [1] * len(ids)
-  elif kinds[0] == ('messages',):
-    ids, mask = fields.example(row, fields.Format(kind='chat'), tokenizer)
-  elif kinds[0] == ('text',):
-    ids = fields.begin(tokenizer) + tokenizer.encode(fields.string(row, 'text'))
-    mask = [1] * len(ids)
-  else:
-    asked = fields.begin(tokenizer) + tokenizer.encode(fields.string(row, 'prompt', empty=True))
-    answer = tokenizer.encode_after(fields.string(row, 'response'))
-    ids, mask = asked + answer, [0] * len(asked) + [1] * len(answer)
-  if len(ids) > most:
-    raise ValueError(f'{len(ids)} tokens, the model reads at most {most}')
-  mask = [0, *mask[1:]]
-  if not any(mask):
-    raise ValueError('nothing to score: there is no token with another before it')
-  return {name: row[name] for name in ('id',) if name in row} | {'tokens': ids, 'mask': mask}
-
-
-def scored(row: dict, values) -> dict:
-  """The row of the output, with the number of tokens that were 'scored'."""
-  import numpy as np
-  from evals import metrics
-  if not np.isfinite(values).all():
-    raise ValueError('the model gives log-probabilities that are not finite')
-  mask = row.pop('mask')
-  count, total = sum(mask), float(np.dot(values.astype(np.float64), mask))
-  perplexity = metrics.perplexity(total, count)
-  return row | {
-      'logp': [float(f'{x:.7g}') if m else None for x, m in zip(values, mask)], 'sum': total,
-      'perplexity': perplexity if np.isfinite(perplexity) else None, 'scored': count}
 
 
 if __name__ == '__main__':

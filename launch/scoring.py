@@ -1,11 +1,16 @@
-"""Log-probabilities of texts of any length, worked off in batches of few lengths."""
+"""Log-probabilities of texts of any length, worked off in batches of few lengths, and rows of them."""
 
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from data import fields
+from evals import metrics
 from launch import engine, talk
 from nn.types import LOGP
+
+# What a row may have; see launch/score.py.
+KINDS = (('text',), ('tokens',), ('prompt', 'response'), ('messages',))
 
 
 def make_logp(speaker: talk.Speaker, rows: int) -> Callable:
@@ -39,3 +44,42 @@ def make_logp(speaker: talk.Speaker, rows: int) -> Callable:
     return found
 
   return logp
+
+
+def read(row: dict, speaker: talk.Speaker) -> dict:
+  """{'id' if there is one, 'tokens': ids, 'mask': 1 where a token is to be scored}."""
+  tokenizer, most = speaker.tokenizer, speaker.cfg.max_length
+  kinds = [names for names in KINDS if row.keys() >= set(names)]
+  if len(kinds) != 1:
+    wanted = ', or '.join(' and '.join(map(repr, names)) for names in KINDS)
+    raise ValueError(f'the row has {sorted(row)}; wanted {wanted}, one of them')
+  if kinds[0] == ('tokens',):
+    ids = fields.ids(row, 'tokens', tokenizer.vocab_size)
+    mask = [1] * len(ids)
+  elif kinds[0] == ('messages',):
+    ids, mask = fields.example(row, fields.Format(kind='chat'), tokenizer)
+  elif kinds[0] == ('text',):
+    ids = fields.begin(tokenizer) + tokenizer.encode(fields.string(row, 'text'))
+    mask = [1] * len(ids)
+  else:
+    asked = fields.begin(tokenizer) + tokenizer.encode(fields.string(row, 'prompt', empty=True))
+    answer = tokenizer.encode_after(fields.string(row, 'response'))
+    ids, mask = asked + answer, [0] * len(asked) + [1] * len(answer)
+  if len(ids) > most:
+    raise ValueError(f'{len(ids)} tokens, the model reads at most {most}')
+  mask = [0, *mask[1:]]
+  if not any(mask):
+    raise ValueError('nothing to score: there is no token with another before it')
+  return {name: row[name] for name in ('id',) if name in row} | {'tokens': ids, 'mask': mask}
+
+
+def scored(row: dict, values: np.ndarray) -> dict:
+  """The row of the output, with the number of tokens that were 'scored'."""
+  if not np.isfinite(values).all():
+    raise ValueError('the model gives log-probabilities that are not finite')
+  mask = row.pop('mask')
+  count, total = sum(mask), float(np.dot(values.astype(np.float64), mask))
+  perplexity = metrics.perplexity(total, count)
+  return row | {
+      'logp': [float(f'{x:.7g}') if m else None for x, m in zip(values, mask)], 'sum': total,
+      'perplexity': perplexity if np.isfinite(perplexity) else None, 'scored': count}

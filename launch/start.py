@@ -13,13 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels import attention, fg2_gdn
-from launch import checkpoint, growth, loop, metrics, phases
+from launch import checkpoint, growth, hf_files, loop, metrics, models, phases
 from launch import config as config_lib
 from launch import mesh as mesh_lib
 from launch import report as report_lib
 from launch import step as step_lib
 from launch.phases import Built, Run
-from nn import param
+from nn import lora, param
 from nn.config import ModelConfig
 
 
@@ -27,6 +27,8 @@ from nn.config import ModelConfig
 class Settings:
   """What the config says of the run as a whole; read before the first file is written."""
   init: str                # checkpoint whose parameters the run begins with; '': none
+  origin: hf_files.Origin | None       # the public folder that these came from
+  export: str              # folder that the model is written to at the end, for others; '': none
   report: bool
   save_every: int
   keep: int
@@ -37,12 +39,13 @@ class Settings:
   wandb: str
 
 
-def read_settings(config: Any) -> Settings:
-  """The settings, checked."""
+def read_settings(config: Any, saved: dict | None) -> Settings:
+  """The settings, checked. saved: find_saved's."""
   config_lib.at_least(1, config, 'checkpoint.every', 'checkpoint.keep', 'log.every')
   c, log = config.checkpoint, config.log
   return Settings(
-      init=config.init, report=config.report, save_every=c.every, keep=c.keep,
+      init=config.init, origin=models.origin_of(config.init, saved), export=config.export,
+      report=config.report, save_every=c.every, keep=c.keep,
       best_metric=c.best_metric, best_mode=c.best_mode, log_every=log.every,
       tensorboard=log.tensorboard, wandb=log.wandb)
 
@@ -94,7 +97,9 @@ def check(run: Run, built: list[Built], settings: Settings, saved: dict | None,
                      f'run measure {measured}')
   if settings.init:
     wanted = checkpoint.as_saved(settings.init, param.abstract(run.specs))
-    checkpoint.check_params(settings.init, wanted)
+    checkpoint.check_params(settings.init, wanted, run.cfg)
+  if settings.export:
+    hf_files.check_save(settings.export, run.cfg, settings.origin)
   kind = lambda b: jax.tree.structure(phases.abstract_state(b).opt_state)
   for before, b in zip(built, built[1:]):
     if not b.reset_optimizer and kind(before) != kind(b):
@@ -130,7 +135,7 @@ def begin(run: Run, built: list[Built], checkpoints: checkpoint.Checkpointer, in
   params = {}
   if init:
     whole = param.abstract(run.specs, run.shardings)
-    params = checkpoint.load_params(init, checkpoint.as_saved(init, whole))
+    params = checkpoint.load_params(init, checkpoint.as_saved(init, whole), run.cfg)
   if missing := run.specs.keys() - params.keys():
     pick = lambda tree: {name: tree[name] for name in missing}
     make = jax.jit(lambda key: pick(param.init(key, run.specs)), out_shardings=pick(run.shardings))
@@ -298,7 +303,8 @@ def make_hooks(run: Run, built: list[Built], settings: Settings,
                config: Any) -> loop.Hooks:
   """What the loop may do, tied to this run's files."""
   base = {'phases': list(config.phases), 'config': json.loads(config_lib.to_json(config)),
-          'contracts': {b.phase.name: b.contract for b in built}}
+          'contracts': {b.phase.name: b.contract for b in built},
+          **models.to_meta(settings.origin)}
   peak = metrics.peak_flops(jax.devices())
 
   def save(step, phase, state, memory, values, wait):
@@ -330,6 +336,14 @@ def make_hooks(run: Run, built: list[Built], settings: Settings,
       save=save, finite=lambda state: bool(finite(state)), due=due, log=write, warn=log.warn,
       show=lambda step, phase, rows: log.samples(step, rows, phase=phase.name), dump=dump,
       stop=stop, agree=agree)
+
+
+def export(run: Run, settings: Settings, params: Any, tokenizer: str) -> None:
+  """Writes the model as a Hugging Face folder, for other engines."""
+  array = lora.merging(param.flat(params).__getitem__, run.specs, run.cfg.lora)
+  hf_files.save(settings.export, run.cfg, lambda path: mesh_lib.gather(array(path)),
+                origin=settings.origin, tokenizer='' if tokenizer == 'bytes' else tokenizer,
+                ids=models.special_ids(tokenizer))
 
 
 def finish(run: Run) -> None:

@@ -12,7 +12,7 @@ import jax
 
 from data import chat, fields
 from data import tokenizer as tokenizer_lib
-from launch import checkpoint, growth, rl_phase
+from launch import checkpoint, hf_files, models, rl_phase
 from launch import config as config_lib
 from launch import engine as engine_lib
 from launch import mesh as mesh_lib
@@ -50,33 +50,44 @@ def open_model(path: str, sizes: Mapping[str, int], step: int | None = None,
   """Restores parameters, config and tokenizer. The one door by which commands get a model.
 
   Args:
-    path: the workdir of a run, or the folder of a step.
+    path: the workdir of a run, the folder of a step, what launch/convert.py wrote, or a Hugging
+      Face folder.
     sizes: of the mesh, see launch/mesh.py.
     step: of a workdir; None for the newest.
-    template: what prompts are put into; None for that of the checkpoint's phase.
+    template: what prompts are put into; None for that of the checkpoint's phase, if it has one.
 
   Raises:
-    ValueError: there is no such checkpoint, or it is of parameters alone.
+    ValueError: there is no such checkpoint, or it is of parameters alone, or without a tokenizer.
   """
-  folder = find(path, step)
-  meta = checkpoint.read_meta(folder)
-  if 'config' not in meta:
-    raise ValueError(f'{folder} holds parameters alone, without config and tokenizer; '
-                     'give the folder of a run')
-  config = config_lib.from_json(json.dumps(meta['config']))
-  tokenizer = tokenizer_lib.load(config.tokenizer)
-  cfg = growth.model_at(config, tokenizer.vocab_size, meta['step'])
-  mesh = mesh_lib.make_mesh(sizes)
+  public = hf_files.is_folder(path)
+  if public and step is not None:
+    raise ValueError(f'{path} is a Hugging Face folder, which has no step {step}')
+  source = path if public else find(path, step)
+  meta = {} if public else checkpoint.read_meta(source)
+  known = models.describe(source)
+  if not known.tokenizer:
+    raise ValueError(f'{source} has no tokenizer; put a tokenizer.json into it')
+  tokenizer, cfg, mesh = tokenizer_lib.load(known.tokenizer), known.cfg, mesh_lib.make_mesh(sizes)
+  if tokenizer.vocab_size > cfg.vocab_size:
+    raise ValueError(f'{source}: the tokenizer has {tokenizer.vocab_size} ids, the model '
+                     f'{cfg.vocab_size}')
   specs = model.specs(cfg)
   shardings = param.shardings(specs, mesh, dict(cfg.rules))
-  params = checkpoint.load_params(folder, param.abstract(specs, shardings))
-  data = config[meta['phase']].data
-  problem = data.format == 'problem'
-  if template is None:
-    template = data.prompt_template if problem else '{prompt}'
+  params = checkpoint.load_params(source, param.abstract(specs, shardings), cfg)
+  form = asked_as(meta)
   return Speaker(
-      meta['step'], cfg, tokenizer, mesh, params, template, data.prompt if problem else 'prompt',
-      data.format == 'chat')
+      meta.get('step', 0), cfg, tokenizer, mesh, params,
+      form.prompt_template if template is None else template, form.prompt, form.kind == 'chat')
+
+
+def asked_as(meta: Mapping[str, Any]) -> fields.Format:
+  """How prompts were put to a model when it was trained: of the phase that a checkpoint is from."""
+  if 'config' not in meta:
+    return fields.Format()
+  data = config_lib.from_json(json.dumps(meta['config']))[meta['phase']].data
+  if data.format != 'problem':
+    return fields.Format(kind='chat' if data.format == 'chat' else 'problem')
+  return fields.Format(prompt=data.prompt, prompt_template=data.prompt_template)
 
 
 def check_asking(options: argparse.Namespace) -> None:

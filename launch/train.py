@@ -29,11 +29,13 @@ def main(arguments: list[str]) -> int:
   import jax
 
   from data import tokenizer as tokenizer_lib
-  from launch import checkpoint, loop, phases, start
+  from launch import checkpoint, loop, models, phases, start
   from launch import mesh as mesh_lib
   from nn import model
 
   locked = config_lib.load(options.config, overrides)
+  explicit = [key for key, _ in overrides]
+  models.adopt(locked, explicit)
   config = config_lib.Tracked(locked)
   mesh_lib.init_distributed(options.coordinator, options.num_processes, options.process_id)
   tokenizer = tokenizer_lib.load(config.tokenizer)
@@ -50,8 +52,8 @@ def main(arguments: list[str]) -> int:
     plan = phases.plan(config)
     saved = start.find_saved(run.workdir, locked, plan, options.allow_config_change)
     built = phases.build_all(run, plan)
-    settings = start.read_settings(config)
-    config_lib.check_read(config, [key for key, _ in overrides])
+    settings = start.read_settings(config, saved)
+    config_lib.check_read(config, explicit)
     changes = start.check(run, built, settings, saved, options.allow_config_change)
 
     checkpoints = ending.enter_context(checkpoint.Checkpointer(
@@ -75,6 +77,8 @@ def main(arguments: list[str]) -> int:
         state = loop.train(b.phase, state, memory, step, hooks, fresh=grows or not goes_on)
         step = b.phase.last
         start.warn_of_rows(log, b, step)
+      if settings.export:
+        start.export(run, settings, state.params, config.tokenizer)
     except loop.Stopped as signal:
       log.say(f'{signal}: saved; run the same command to go on')
       return 0

@@ -384,16 +384,29 @@ def architecture(cfg: ModelConfig) -> dict[str, Any]:
   fields['query_scalar'] = cfg.query_scalar or cfg.head_dim
   fields['attention_bias'] = sorted(cfg.attention_bias)
   fields['rope'] |= {'fast': cfg.rope.turns, 'gain': cfg.rope.attention_gain}
-  fields['gdn'] |= cfg.gdn_sizes._asdict()
+  fields['gdn'] |= cfg.gdn_sizes._asdict() | _ranks(cfg)
+  fields['mla'] |= cfg.mla_sizes._asdict()
+  fields['moe']['bias'] = cfg.moe.bias or cfg.moe.bias_rate > 0
   fields['moe']['ffw_dim'] = cfg.moe.ffw_dim or cfg.ffw_dim // cfg.moe.top_k
   unused = {'head', 'pattern', 'repeats', 'tail', 'ffn', *RUN_FIELDS['']}
-  unused |= {'gdn'} - mixers | {'moe'} - ffns
+  unused |= {'gdn', 'mla'} - mixers | {'moe'} - ffns
   unused |= {'ffw_dim'} if 'mlp' not in ffns else set()
-  unused |= {'rope_theta'} if mixers == {'local'} else set()
+  unused |= {'rope_theta'} if mixers <= {'local', 'gdn'} else set()
+  if not mixers & {'attention', 'local'}:
+    unused |= {'head_dim', 'num_kv_heads', 'rope_share', 'qk_norm', 'attention_bias', 'attention_gate', 'query_scalar'}
   unused |= {f'{part}.{name}' for part in PARTS for name in RUN_FIELDS.get(part, ())}
   kept = {name: x for name, x in fields.items() if name not in unused}
   inner = {f'{part}.{name}': x for part in PARTS if part in kept for name, x in kept.pop(part).items()}
   return kept | {name: x for name, x in inner.items() if name not in unused}
+
+
+def _ranks(cfg: ModelConfig) -> dict[str, Any]:
+  """What stands for a choice in cfg.gdn, chosen as `nn/gdn.py` does."""
+  g, value, plain = cfg.gdn, cfg.gdn_sizes.value_dim, cfg.gdn.variant == 'gdn'
+  return {'decay_rank': 0 if plain else value if g.decay_rank < 0 else g.decay_rank,
+          'beta_rank': 0 if g.variant in ('gdn', 'kda') else g.beta_rank,
+          'gate_rank': (0 if plain else value) if g.gate_rank < 0 else g.gate_rank,
+          'gate': g.gate or ('silu' if plain else 'sigmoid')}
 
 
 class GDNSizes(NamedTuple):

@@ -11,6 +11,7 @@ each of which has its own two.
 import dataclasses
 import fnmatch
 import math
+from collections.abc import Callable
 
 import jax
 
@@ -46,6 +47,8 @@ def specs(table: Tree, cfg: LoRA) -> Tree:
 
 def targets(table: Tree, cfg: LoRA) -> list[str]:
   """Names of the matrices that are adapted, in the order of the table."""
+  if not cfg.rank:
+    return []
   leaves = param.flat(base(table))
   matrices = [n for n, spec in leaves.items() if n.startswith(LAYERS) and spec.contract]
   for pattern in cfg.targets:
@@ -110,3 +113,17 @@ def merge(params: Tree, cfg: LoRA) -> Tree:
   is_adapted = lambda x: isinstance(x, Adapted)
   return jax.tree.map(
       lambda x: x.merged() if is_adapted(x) else x, adapted(params, cfg), is_leaf=is_adapted)
+
+
+def merging(
+    array: Callable[[str], jax.Array], table: Tree, cfg: LoRA,
+) -> Callable[[str], jax.Array]:
+  """array(name of a parameter), merged: `merge` one parameter at a time."""
+  names = targets(table, cfg)
+
+  def merged(name):
+    if name not in names:
+      return array(name)
+    return Adapted(array(name), array(f'lora/{name}/a'), array(f'lora/{name}/b'), cfg.scale).merged()
+
+  return merged

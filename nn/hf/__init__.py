@@ -4,12 +4,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from nn.config import ModelConfig, architecture, from_dict
-from nn.hf import llama
+from nn.hf import hybrid, latent, llama, own
 from nn.hf.keys import Keys
 from nn.hf.table import Family, Piece, pieces, plan, read, write
 
 FAMILIES = {f.model_type: f for f in (
-    llama.LLAMA, llama.QWEN2, llama.QWEN3, llama.QWEN3_MOE, llama.MIXTRAL, llama.GEMMA3)}
+    llama.LLAMA, llama.QWEN2, llama.QWEN3, llama.QWEN3_MOE, llama.MIXTRAL, llama.GEMMA3,
+    latent.DEEPSEEK_V3, latent.GLM4_MOE, hybrid.QWEN3_NEXT, hybrid.QWEN3_5, hybrid.QWEN3_5_MOE,
+    hybrid.KIMI_LINEAR)}
 
 __all__ = ['FAMILIES', 'Family', 'Piece', 'choose', 'family_of', 'model_config', 'pieces', 'plan',
            'public_config', 'read', 'write']
@@ -17,9 +19,12 @@ __all__ = ['FAMILIES', 'Family', 'Piece', 'choose', 'family_of', 'model_config',
 
 def family_of(config: Mapping[str, Any]) -> Family:
   """The family of a config.json."""
-  name = config.get('model_type')
+  name = _text(config).get('model_type')
+  if name == own.MODEL_TYPE:
+    return own.of_config(config)
   if name not in FAMILIES:
-    raise ValueError(f'config.json: model_type is {name!r}; known are {", ".join(FAMILIES)}')
+    raise ValueError(f'config.json: model_type is {name!r}; known are {", ".join(FAMILIES)}, '
+                     f'{", ".join(hybrid.WITH_TEXT)}, {own.MODEL_TYPE}')
   return FAMILIES[name]
 
 
@@ -32,7 +37,7 @@ def model_config(config: Mapping[str, Any]) -> ModelConfig:
   if config.get('quantization_config'):
     raise ValueError('config.json has a quantization_config; only whole floats are read')
   family = family_of(config)
-  keys = Keys(config, family.defaults)
+  keys = Keys(_text(config), family.defaults)
   fields = family.read(keys)
   keys.finish()
   return from_dict(fields)
@@ -50,6 +55,7 @@ def public_config(
   Raises:
     ValueError: names what the family cannot say of the model.
   """
+  original = _text(original or {})
   if original and not differences(model_config(original), cfg):
     return dict(original)
   new = {'architectures': [family.architecture], 'model_type': family.model_type,
@@ -58,24 +64,29 @@ def public_config(
     listed = '; '.join(f'model.{name} is {mine!r}, not {theirs!r}' for name, theirs, mine in lost)
     raise ValueError(f'a model of type {family.model_type} cannot say that {listed}')
   kept = ('bos_token_id', 'eos_token_id', 'pad_token_id', 'initializer_range')
-  return {**{k: v for k, v in (original or {}).items() if k in kept}, **new}
+  return {**{k: v for k, v in original.items() if k in kept}, **new}
+
+
+def _text(config: Mapping[str, Any]) -> Mapping[str, Any]:
+  """A config.json, or the part of it that is about text, as the model of that alone has it."""
+  family = hybrid.WITH_TEXT.get(config.get('model_type'))
+  if family is None:
+    return config
+  tied = {k: v for k, v in config.items() if k == 'tie_word_embeddings'}
+  return {**config.get('text_config', {}), **tied, 'model_type': family.model_type,
+          'architectures': [family.architecture]}
 
 
 def choose(cfg: ModelConfig) -> Family:
-  """The first family that can say what a model is.
-
-  Raises:
-    ValueError: there is none; says what keeps each from it.
-  """
-  reasons = []
+  """The first family that can say what a model is; where none can, a format of our own."""
   for family in FAMILIES.values():
     try:
       public_config(family, cfg)
       pieces(family, cfg)
       return family
-    except ValueError as error:
-      reasons.append(str(error))
-  raise ValueError('no public model is like this one: ' + '; '.join(reasons))
+    except ValueError:
+      pass
+  return own.family(cfg)
 
 
 def differences(a: ModelConfig, b: ModelConfig) -> list[tuple[str, Any, Any]]:

@@ -52,14 +52,14 @@ class Keys:
       raise ValueError(f'config.json has keys without a meaning here: {listed}')
 
 
-def read_sizes(keys: Keys) -> dict[str, Any]:
-  """Fields that every decoder has."""
+def read_sizes(keys: Keys, longest: str = 'max_position_embeddings') -> dict[str, Any]:
+  """Fields that every decoder has. longest: the key of its number of positions."""
   heads, width = keys('num_attention_heads'), keys('hidden_size')
   return {
       'vocab_size': keys('vocab_size'), 'embed_dim': width, 'num_heads': heads,
       'num_kv_heads': keys('num_key_value_heads', heads),
       'head_dim': keys('head_dim', width // heads), 'ffw_dim': keys('intermediate_size'),
-      'max_length': keys('max_position_embeddings'), 'norm_eps': float(keys('rms_norm_eps')),
+      'max_length': keys(longest), 'norm_eps': float(keys('rms_norm_eps')),
       'tied': keys('tie_word_embeddings')}
 
 
@@ -83,18 +83,22 @@ SCALINGS = {
 }
 
 
-def read_rope(keys: Keys, *, kind: str = '', partial: bool = False) -> dict[str, Any]:
+def read_rope(
+    keys: Keys, *, kind: str = '', partial: bool = False, ignored: Sequence[str] = (),
+) -> dict[str, Any]:
   """The fields rope_theta, rope and rope_share.
 
   Args:
     kind: of layers, where config.json has rope_parameters for each.
     partial: the family knows heads of which only a share is turned.
+    ignored: rope_parameters without effect on text.
   """
   found = {'rope_theta': keys('rope_theta', None), **_scaling(keys('rope_scaling', {}))}
   if (share := keys('partial_rotary_factor', None)) is not None:
     found['partial_rotary_factor'] = share
   given = keys('rope_parameters', {})
   found |= _scaling(given.get(kind) or {} if kind and kind in given else given)
+  found = {name: value for name, value in found.items() if name not in ignored}
   return rope_fields(found, keys('max_position_embeddings'), partial)
 
 

@@ -111,18 +111,20 @@ def read_window(keys: Keys) -> int | None:
   return window if keys('use_sliding_window', False) else None
 
 
-def layer_types(keys: Keys, assumed: list[str]) -> list[str]:
+def layer_types(
+    keys: Keys, assumed: list[str], mixers: Mapping[str, str] = MIXERS,
+) -> list[str]:
   """The mixer of every layer. assumed: types where config.json lists none."""
   types = keys('layer_types', assumed)
-  if unknown := set(types) - set(MIXERS):
-    raise ValueError(f'config.json: layer_types has {sorted(unknown)}; known are {sorted(MIXERS)}')
+  if unknown := set(types) - set(mixers):
+    raise ValueError(f'config.json: layer_types has {sorted(unknown)}; known are {sorted(mixers)}')
   if len(types) != keys('num_hidden_layers'):
     raise ValueError(f'config.json: {len(types)} layer_types for {keys("num_hidden_layers")} layers')
-  return [MIXERS[t] for t in types]
+  return [mixers[t] for t in types]
 
 
-def write_types(cfg: ModelConfig) -> list[str]:
-  names = {mixer: t for t, mixer in MIXERS.items()}
+def write_types(cfg: ModelConfig, mixers: Mapping[str, str] = MIXERS) -> list[str]:
+  names = {mixer: t for t, mixer in mixers.items()}
   return [names.get(mixer, mixer) for mixer, _ in cfg.layers]
 
 
@@ -189,11 +191,21 @@ def write_window(cfg: ModelConfig) -> dict[str, Any]:
   return {'sliding_window': cfg.window or None, 'rope_parameters': rope}
 
 
+def read_sparse(keys: Keys) -> list[str]:
+  """The FFN of every layer."""
+  dense, step = set(keys('mlp_only_layers', [])), keys('decoder_sparse_step')
+  return ['mlp' if i in dense or (i + 1) % step else 'moe'
+          for i in range(keys('num_hidden_layers'))]
+
+
+def write_sparse(cfg: ModelConfig) -> dict[str, Any]:
+  dense = [i for i, (_, ffn) in enumerate(cfg.layers) if ffn == 'mlp']
+  return {'decoder_sparse_step': 1, 'mlp_only_layers': dense}
+
+
 def read_qwen3_moe(keys: Keys) -> dict[str, Any]:
   keys.expect('hidden_act', 'silu')
-  dense, step = set(keys('mlp_only_layers', [])), keys('decoder_sparse_step')
-  ffns = ['mlp' if i in dense or (i + 1) % step else 'moe'
-          for i in range(keys('num_hidden_layers'))]
+  ffns = read_sparse(keys)
   moe = read_experts(keys, keys('moe_intermediate_size')) | {'renormalise': keys('norm_topk_prob')}
   fields = keys_lib.read_sizes(keys) | keys_lib.read_rope(keys) | {
       'attention_bias': read_bias(keys), 'qk_norm': True, 'moe': moe}
@@ -201,11 +213,10 @@ def read_qwen3_moe(keys: Keys) -> dict[str, Any]:
 
 
 def write_qwen3_moe(cfg: ModelConfig) -> dict[str, Any]:
-  return keys_lib.write_sizes(cfg) | write_bias(cfg) | write_window(cfg) | {
+  return keys_lib.write_sizes(cfg) | write_bias(cfg) | write_window(cfg) | write_sparse(cfg) | {
       'hidden_act': 'silu', 'use_sliding_window': cfg.window > 0, 'num_experts': cfg.moe.experts,
       'num_experts_per_tok': cfg.moe.top_k, 'norm_topk_prob': cfg.moe.renormalise,
-      'moe_intermediate_size': sizes(cfg)['inner'], 'decoder_sparse_step': 1,
-      'mlp_only_layers': [i for i, (_, ffn) in enumerate(cfg.layers) if ffn == 'mlp']}
+      'moe_intermediate_size': sizes(cfg)['inner']}
 
 
 def read_mixtral(keys: Keys) -> dict[str, Any]:

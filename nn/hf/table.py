@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nn import model, param
+from nn import lora, model, param
 from nn.config import ModelConfig
 from nn.hf.keys import Keys
 
+ALIGNMENT = 64                         # bytes
 # Buffers that older checkpoints hold although they follow from the config.
 COMPUTED = re.compile(r'.*\.rotary_emb\.inv_freq')
 
@@ -119,12 +120,12 @@ class Piece(NamedTuple):
 
 
 def pieces(family: Family, cfg: ModelConfig) -> list[Piece]:
-  """All cells of a model, in the order of its layers, as the family writes them.
+  """All cells of a model without adapters, in the order of its layers, as the family writes them.
 
   Raises:
     ValueError: the family has no tensor for some parameter.
   """
-  specs = param.flat(model.specs(cfg))
+  specs = param.flat(lora.base(model.specs(cfg)))
   found = _pieces(family.entries, family, cfg, specs)
   cells = Counter((p.path, p.lead) for p in found)
   assert max(cells.values()) == 1, cells.most_common(1)
@@ -152,7 +153,7 @@ def plan(
   """
   plain, chosen = pieces(family, cfg), []
   fused = {}
-  for p in _pieces(family.fused, family, cfg, param.flat(model.specs(cfg))):
+  for p in _pieces(family.fused, family, cfg, param.flat(lora.base(model.specs(cfg)))):
     if p.tensor in shapes:
       fused[p.path, p.lead] = p
   for p in plain:
@@ -186,7 +187,7 @@ def read(
     fetch: a tensor by its name, not necessarily in memory: only what the block needs is touched.
   """
   ranges = [range(*s.indices(n)) for s, n in zip(index, shape, strict=True)]
-  block = np.empty([len(r) for r in ranges], dtype)
+  block = _aligned([len(r) for r in ranges], np.dtype(dtype))
   for p in some:
     if all(i in r for i, r in zip(p.lead, ranges)):
       cell = p.layout.view(fetch(p.tensor)).reshape(p.layout.ours)
@@ -199,6 +200,14 @@ def write(piece: Piece, cell: np.ndarray, tensor: np.ndarray) -> None:
   """Puts a cell into its tensor, rounded to the tensor's dtype."""
   view = piece.layout.view(tensor)
   view[...] = cell.reshape(view.shape)
+
+
+def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+  """An empty array at an address that a CPU device takes over without a copy."""
+  size = math.prod(shape) * dtype.itemsize
+  room = np.empty(size + ALIGNMENT, np.uint8)
+  begin = -room.ctypes.data % ALIGNMENT
+  return room[begin:begin + size].view(dtype).reshape(shape)
 
 
 def _dimensions(side: str) -> list[list[str]]:

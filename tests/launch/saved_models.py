@@ -24,9 +24,9 @@ def make_config(sizes=CFG, **data):
   return c
 
 
-def write(workdir, c, steps):
-  """Checkpoints of random parameters, {step: seed}; or of given ones."""
-  cfg = config.model_config(c.model, BYTES.vocab_size)
+def write(workdir, c, steps, num_ids=BYTES.vocab_size):
+  """Checkpoints of random parameters, {step: seed}; or of given ones. num_ids: the tokenizer's."""
+  cfg = config.model_config(c.model, num_ids)
   with checkpoint.Checkpointer(workdir, keep=5) as checkpoints:
     for step, found in steps.items():
       params = found if isinstance(found, dict) else jax.tree.map(

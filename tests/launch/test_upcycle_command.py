@@ -53,8 +53,7 @@ def hashes(folder):
 
 def leaves(state, part, name):
   """The one array of a state of this name, of params, mu or nu."""
-  prefix = '.params' if part == 'params' else part
-  return next(x for k, x in state.items() if k.endswith(f"{FFN}['{name}']") and prefix in k)
+  return next(x for k, x in state.items() if k.endswith(f"['{part}']{FFN}['{name}']"))
 
 
 def scale_of(part, how):
@@ -118,6 +117,7 @@ def test_the_grown_run_trains_on(source, tmp_path, capsys):
   for key, values in after.items():                   # the same rows, at the same rate
     assert values['learning_rate'] == before[key]['learning_rate']
     assert abs(values['loss'] - before[key]['loss']) < 0.1
+  capsys.readouterr()
   command.main(['--compare', str(out)])
   table = capsys.readouterr().out.splitlines()
   assert [line.split()[:2] for line in table] == [
@@ -139,8 +139,13 @@ def logits(workdir, *changes):
   cfg, params = read(workdir, *changes)
   tokens = np.random.default_rng(0).integers(0, 256, (2, 9)).astype(np.int32)
   positions = np.broadcast_to(np.arange(9, dtype=np.int32), tokens.shape)
-  out = model.forward(params, cfg, tokens, positions, np.ones_like(tokens))
-  return np.asarray(model.unembed(params, cfg, out.hidden))
+
+  @jax.jit
+  def run(params):
+    out = model.forward(params, cfg, tokens, positions, np.ones_like(tokens))
+    return model.unembed(params, cfg, out.hidden)
+
+  return np.asarray(run(params))
 
 
 def test_two_copies_of_everyone_are_the_source_with_half_the_choice(source, tmp_path):
@@ -154,29 +159,25 @@ def test_two_copies_of_everyone_are_the_source_with_half_the_choice(source, tmp_
       atol=1e-5)
 
 
-@pytest.mark.parametrize('slices', [1, 2])
-def test_a_dense_run_goes_on_as_a_mixture(dense, tmp_path, slices, capsys):
+def test_a_dense_run_goes_on_as_a_mixture(dense, tmp_path, capsys):
   out = tmp_path / 'out'
-  grow(dense, out, '--dense', '--experts', '4', '--top_k', '2', '--slices', str(slices),
+  grow(dense, out, '--dense', '--experts', '4', '--top_k', '2', '--slices', '2',
        '--config.model.moe.balance_loss=0.01')
   np.testing.assert_allclose(logits(out), logits(dense), atol=1e-5)
-  moments = [x for name, x in train_runs.state(out, 0).items() if '.mu' in name]
+  moments = [x for name, x in train_runs.state(out, 0).items() if "['mu']" in name]
   assert moments and not any(x.any() for x in moments)
-  if slices == 2:
-    said = capsys.readouterr().out.split('--config.')[1:]
-    settings = [text.strip() for text in said]
-    assert train_runs.run(out, *DENSE, *settings, 'sft.steps=2') == 0
-    assert len(train_runs.logged(out)) == 2
+  settings = [text.strip() for text in capsys.readouterr().out.split('--config.')[1:]]
+  assert train_runs.run(out, *DENSE, *settings) == 0           # restored: it is what it says it is
+  assert train_runs.steps(out) == [0]
 
 
 def test_on_eight_devices_it_is_the_same_and_nobody_holds_more(source, tmp_path):
   mesh = ('--config.mesh.data=2', '--config.mesh.expert=4')
-  options = ('--selection', 'saliency', '--score_batches', '1')
-  one, many = grow(source, tmp_path / 'one', *options), grow(
-      source, tmp_path / 'many', *options, *mesh)
+  options = ('--selection', 'weight')
+  one, many = (grow(source, tmp_path / name, *options, *where)
+               for name, where in (('one', ()), ('many', mesh)))
   layer = lambda found: found['layers']['blocks/0/ffn']
   assert layer(one)['sources'] == layer(many)['sources']
-  np.testing.assert_allclose(layer(one)['scores'], layer(many)['scores'], rtol=1e-4)
   left, right = (train_runs.state(tmp_path / name, 4) for name in ('one', 'many'))
   for name, x in left.items():
     np.testing.assert_array_equal(x, right[name], err_msg=name)
@@ -187,15 +188,15 @@ def test_on_eight_devices_it_is_the_same_and_nobody_holds_more(source, tmp_path)
   with jax.set_mesh(s.run.mesh):
     tx, _, before = grown_run.optimizer_of(s, s.run)
     _, shardings, wanted = grown_run.optimizer_of(s, after)
-    o = growth.Options(factor=2, selection='uniform', optimizer='copy', seed=0)
-    index = upcycle.select(s.run.specs, 2)
+    o = growth.Options(factor=2, selection='weight', optimizer='copy', seed=0, cap=3,
+                       noise=1e-3)
+    index = growth.index_of(many)
     compiled = growth.make_grow(o, tx, s.run.specs, after.specs, shardings, index).lower(
         before).compile()
   text = compiled.as_text()
   assert 'all-to-all' in text
-  experts = f'f32[2,{8},16,16]'
-  gathers = [line for line in text.splitlines() if 'all-gather' in line and '16,16]' in line]
-  assert not gathers and experts not in text, gathers
+  assert 'all-gather' not in text or 'f32[2,4,16,16]' not in text.split('all-gather', 1)[1]
+  assert 'f32[2,8,16,16]' not in text                 # nowhere are all experts together
 
 
 @pytest.fixture(scope='module')

@@ -9,7 +9,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 import train_runs
-from launch import generate, metrics
+from launch import generate, metrics, score
 
 pytestmark = pytest.mark.usefixtures('cheap_compilation')
 
@@ -54,13 +54,15 @@ def test_three_phases_on_a_users_files(tmp_path):
   write_tokenizer(tmp_path)
   (tmp_path / 'config.py').write_text(CONFIG)
   (tmp_path / 'a.txt').write_text('one and one is two. ' * 40)
-  turns = [{'role': 'user', 'content': 'one and one?'}, {'role': 'assistant', 'content': 'two'}]
+  turns = [{'role': 'user', 'content': 'one?'}, {'role': 'assistant', 'tokens': [100, 101, 1]},
+           {'role': 'user', 'content': 'two?'}, {'role': 'assistant', 'content': 'two'}]
   (tmp_path / 'chat.jsonl').write_text(json.dumps({'messages': turns}) + '\n')
   (tmp_path / 'problems.jsonl').write_text('{"prompt": "one and one is", "answer": "two"}\n')
   workdir, said = tmp_path / 'run', io.StringIO()
   with contextlib.redirect_stdout(said):
     assert train_runs.run(
-        workdir, f'tokenizer={tmp_path}', f'pretrain.data.files={tmp_path / "a.txt"}',
+        workdir, f'tokenizer={tmp_path / "tokenizer.json"}',
+        f'pretrain.data.files={tmp_path / "a.txt"}',
         f'sft.data.files={tmp_path / "chat.jsonl"}', f'rl.data.files={tmp_path / "problems.jsonl"}',
         config=tmp_path / 'config.py') == 0
   assert 'fg2_plus, auto: chunked, chunks of 16 tokens' in said.getvalue()
@@ -74,3 +76,9 @@ def test_three_phases_on_a_users_files(tmp_path):
   with contextlib.redirect_stdout(said):
     generate.main(['--workdir', str(workdir), '--prompt', 'one and one is', '--max_tokens', '4'])
   assert said.getvalue().endswith('\n') and said.getvalue().strip()
+
+  score.main(['--model', str(workdir), '--input', str(tmp_path / 'chat.jsonl'),
+              '--output', str(tmp_path / 'scored.jsonl')])
+  row = json.loads((tmp_path / 'scored.jsonl').read_text())
+  at = row['tokens'].index(100)
+  assert row['tokens'][at:at + 3] == [100, 101, 1] and None not in row['logp'][at:at + 3]

@@ -32,9 +32,9 @@ def params(cfg: ModelConfig, seed: int = 0) -> dict:
   With those of `init` most mistakes would drown in the residual.
   """
   rng = np.random.default_rng(seed)
-  def draw(a):
-    return jnp.asarray(rng.standard_normal(a.shape) * 0.4 + (a.ndim < 2), jnp.float32)
-  return jax.tree.map(draw, model.init(jax.random.key(0), cfg))
+  def draw(spec):
+    return jnp.asarray(rng.standard_normal(spec.shape) * 0.4 + (len(spec.shape) < 2), jnp.float32)
+  return jax.tree.map(draw, model.specs(cfg))
 
 
 def batch(tokens, segments=None, **fields) -> Batch:

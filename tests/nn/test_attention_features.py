@@ -46,7 +46,7 @@ def test_prompt_and_steps_equal_the_forward_pass(name):
                      for b, n in enumerate(pad)])
   read = jax.jit(model.prefill, static_argnums=(1, 4))
   step = jax.jit(model.step, static_argnums=1)
-  hidden, state = read(params, cfg, jnp.asarray(tokens, jnp.int32), start, prompt + 3 + length)
+  hidden, state, _ = read(params, cfg, jnp.asarray(tokens, jnp.int32), start, prompt + 3 + length)
   at = tokens.shape[1] - np.array(pad) - 1
   while True:
     for b in range(2):
@@ -54,7 +54,7 @@ def test_prompt_and_steps_equal_the_forward_pass(name):
     at = at + 1
     if at.max() == length:
       return
-    hidden, state = step(
+    hidden, state, _ = step(
         params, cfg, jnp.stack([rows.tokens[b, at[b]] for b in range(2)]), state)
 
 

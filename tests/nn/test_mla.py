@@ -103,9 +103,9 @@ def test_a_mesh_computes_what_one_device_does():
   def run(params, rows, start):
     def total(params):
       return jnp.sum(tiny.forward(params, cfg, rows).hidden[..., 0] ** 2)
-    hidden, cache = model.prefill(params, cfg, rows.tokens[:, :5], start, 9)
+    hidden, cache, _ = model.prefill(params, cfg, rows.tokens[:, :5], start, 9)
     for t in range(5, 7):
-      hidden, cache = model.step(params, cfg, rows.tokens[:, t], cache)
+      hidden, cache, _ = model.step(params, cfg, rows.tokens[:, t], cache)
     return jax.grad(total)(params), hidden, cache
 
   grads, hidden, _ = jax.jit(run)(params, rows, start)

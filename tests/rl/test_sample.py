@@ -409,7 +409,8 @@ def test_what_the_decoder_tells_of_a_token_stands_where_the_token_stands():
   def step(params, tokens, cache):
     return *MEMORY.step(params, tokens, cache)[:2], {'read': tokens.astype(jnp.int8)}
 
-  out = draw(Decoder(prefill, step, repeat), MEMORY_PARAMS, PROMPTS, group=3, max_tokens=9, eos=(4,))
+  out = draw(Decoder(prefill, step, repeat), MEMORY_PARAMS, PROMPTS, group=3, max_tokens=9,
+             eos=(4, 18))
 
   np.testing.assert_array_equal(out.prompt_extras['read'], pad_left(PROMPTS, 5)[0])
   assert out.extras['read'].dtype == np.int8 and len(set(out.length)) > 2

@@ -6,9 +6,12 @@ import math
 
 import numpy as np
 import pytest
+import tokenizers
+from tokenizers import models, pre_tokenizers
 
-from launch import score
-from saved_models import BYTES, logp_by_hand, make_config, write
+from data import tokenizer as tokenizer_lib
+from launch import conversion, engine, score, talk
+from saved_models import BYTES, CFG, logp_by_hand, make_config, write
 
 pytestmark = pytest.mark.usefixtures('cheap_compilation')
 
@@ -93,6 +96,39 @@ def test_rows_are_read_a_part_at_a_time_and_keep_their_order(monkeypatch, scored
   total = sum(row['sum'] for row in found)
   assert out.startswith(f'5 rows, 21 tokens scored, perplexity {math.exp(-total / 21):.6g}: ')
   assert 'score  5/5 rows' in err.splitlines()[-1]
+
+
+def test_a_public_folder_gives_the_same_as_the_run_it_came_from(tmp_path):
+  """The one door that every command uses."""
+  letters = tokenizers.Tokenizer(models.WordLevel({'</s>': 0, 'a': 1, 'b': 2, 'c': 3}))
+  letters.pre_tokenizer = pre_tokenizers.Split('', 'isolated')
+  letters.save(str(tmp_path / 'tokenizer.json'))
+  c = make_config(CFG | {'vocab_size': 4}, format='chat')
+  c.tokenizer = str(tmp_path / 'tokenizer.json')
+  write(tmp_path / 'run', c, {3: 0}, tokenizer_lib.load(c.tokenizer).vocab_size)
+  conversion.to_public(str(tmp_path / 'run'), str(tmp_path / 'public'))
+  (tmp_path / 'in.jsonl').write_text('{"text": "abcab"}\n')
+  found = []
+  for name in ('run', 'public'):
+    assert score.main(['--model', str(tmp_path / name), '--input', str(tmp_path / 'in.jsonl'),
+                       '--output', str(tmp_path / f'{name}.jsonl')]) == 0
+    found.append((tmp_path / f'{name}.jsonl').read_text())
+  assert found[0] == found[1] and json.loads(found[0])['tokens'] == [1, 2, 3, 1, 2]
+  opened = [talk.open_model(str(tmp_path / name), {'data': 1}) for name in ('run', 'public')]
+  assert [(x.step, x.template, x.chats) for x in opened] == [
+      (3, '{prompt}', True), (0, '{prompt}', False)]
+  with pytest.raises(ValueError, match='Hugging Face folder, which has no step 3'):
+    talk.open_model(str(tmp_path / 'public'), {'data': 1}, 3)
+  (tmp_path / 'public' / 'tokenizer.json').unlink()
+  with pytest.raises(ValueError, match='has no tokenizer'):
+    talk.open_model(str(tmp_path / 'public'), {'data': 1})
+
+
+def test_texts_of_any_length_compile_few_programs():
+  assert [engine.few(n, 5000) for n in (1, 64, 65, 129, 193, 257, 385, 4000, 5000)] == [
+      64, 64, 128, 192, 256, 384, 512, 4096, 5000]
+  assert all(n <= engine.few(n, 1 << 17) < max(65, 1.5 * n + 64) for n in range(1, 3000))
+  assert len({engine.few(n, 1 << 17) for n in range(1, 1 << 17)}) == 22
 
 
 @pytest.mark.parametrize('row, said', [
