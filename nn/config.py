@@ -363,8 +363,12 @@ PARTS = {'gdn': GDN, 'mla': MLA, 'moe': MoE, 'rope': Rope, 'lora': LoRA, 'mtp': 
 
 def from_dict(fields: Mapping[str, Any]) -> ModelConfig:
   """The config of nested plain values, as JSON has them: what `dataclasses.asdict` gives."""
-  tuples = lambda x: tuple(map(tuples, x)) if isinstance(x, list | tuple) else x
-  fields = {name: tuples(x) for name, x in fields.items()}
+  def tuples(x):
+    if isinstance(x, Mapping):
+      return {name: tuples(value) for name, value in x.items()}
+    return tuple(map(tuples, x)) if isinstance(x, list | tuple) else x
+
+  fields = tuples(fields)
   return ModelConfig(**fields | {name: kind(**fields[name]) for name, kind in PARTS.items() if name in fields})
 
 

@@ -13,7 +13,7 @@ from machines import devices
 
 from kernels import attention
 from launch import config as config_lib
-from launch import engine, optimizer, rl_phase
+from launch import engine, optimizer, rl_phase, text_phase
 from launch import mesh as mesh_lib
 from launch import step as step_lib
 from nn import model, param
@@ -82,11 +82,13 @@ def test_train_steps_compile(path, target):
   for name in config.phases:
     c = config[name]
     if name == 'rl':
-      method = methods.build(c.methods, config_lib.method_options(c), max_tokens=c.max_tokens)
+      method = methods.build(c.methods, config_lib.method_options(c), max_tokens=c.max_tokens,
+                             mtp_depth=cfg.mtp.depth)
       terms = rl_phase.watched(method).terms
       rows, length = c.prompts * c.group // c.parts, c.max_prompt + c.max_tokens
     else:
-      terms, rows, length = methods.build(('sft',), {}).terms, c.rows, c.length
+      method = text_phase.make_method(f'{name}.mtp', c.mtp, cfg.mtp.depth, 0)
+      terms, rows, length = method.terms, c.rows, c.length
     compiled = compile_train_step(cfg, target, mesh, c, terms, rows, length)
     mixers, program = {mixer for mixer, _ in cfg.layers}, compiled.as_text()
     if 'attention' in mixers:
