@@ -85,8 +85,8 @@ def as_in_the_paper(params, cfg, tokens, in_front, behind):
   return found
 
 
-@pytest.mark.parametrize('order', [('hidden', 'embedding'), ('embedding', 'hidden')])
-@pytest.mark.parametrize('hidden', ['before', 'after'])
+@pytest.mark.parametrize('order, hidden', [
+    (('hidden', 'embedding'), 'before'), (('embedding', 'hidden'), 'after')])
 def test_heads_are_those_of_the_paper(order, hidden):
   cfg = config(tied=False, mtp=MTP(depth=2, order=order, hidden=hidden))
   params = tiny.params(cfg)
@@ -199,8 +199,8 @@ def test_eight_devices_compute_what_one_does():
   assert_close(actual[1], expected[1], 5e-5)
 
 
-@pytest.mark.parametrize('changes', [dict(remat='full'), dict(unroll=True), dict(score_chunk=3)])
-def test_layout_and_recomputation_change_nothing(changes):
+def test_layout_and_recomputation_change_nothing():
+  changes = dict(remat='full', unroll=True, score_chunk=3)
   cfg, rows, weights = config(), tiny.batch(tiny.tokens(2, 8)), weights_of((2, 2, 8))
   params, wants = tiny.params(cfg), (want(1), LOGP)
   expected = loss_and_grad(params, cfg, rows, weights, wants)
