@@ -53,7 +53,7 @@ def main(arguments: list[str]) -> int:
 
   from data import tokenizer as tokenizer_lib
   from launch import mesh as mesh_lib
-  from launch import models, rl_phase
+  from launch import models, rl_phase, text_phase
   from rl import methods
 
   config = config_lib.load(options.config, overrides)
@@ -65,12 +65,14 @@ def main(arguments: list[str]) -> int:
   for name in config.phases:
     c = config[name]
     if name == 'rl':
-      method = methods.build(c.methods, config_lib.method_options(c), max_tokens=c.max_tokens)
+      method = methods.build(c.methods, config_lib.method_options(c), max_tokens=c.max_tokens,
+                             mtp_depth=cfg.mtp.depth)
       terms = rl_phase.watched(method, c.watch).terms
       rows, length = c.prompts * c.group // c.parts, c.max_prompt + c.max_tokens
       tell('sampling', sampling(cfg, mesh, c))
     else:
-      terms, rows, length = methods.build(('sft',), {}).terms, c.rows, c.length
+      method = text_phase.make_method(f'{name}.mtp', c.mtp, cfg.mtp.depth, 0)
+      terms, rows, length = method.terms, c.rows, c.length
     tell(f'{name}, train step', train_step(cfg, mesh, c, terms, rows, length))
   return 0
 

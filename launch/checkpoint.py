@@ -4,6 +4,7 @@ A step folder appears whole, by a rename, or not at all. The newest few and the 
 """
 
 import contextlib
+import dataclasses
 import errno
 import functools
 import importlib.metadata
@@ -24,8 +25,8 @@ import orbax.checkpoint as ocp
 
 import launch.memory
 from launch import hf_files
-from nn import lora, param
-from nn.config import ModelConfig
+from nn import param
+from nn.config import MTP, ModelConfig
 
 Tree = Any
 
@@ -239,9 +240,14 @@ def check_params(path: str | Path, abstract_params: Tree, cfg: ModelConfig | Non
     ValueError: no checkpoint there, or parameters that are missing, not wanted or misshapen.
   """
   if cfg and hf_files.is_folder(path):
-    hf_files.Opened(path, cfg)
+    hf_files.Opened(path, _held(cfg, abstract_params))
   else:
     _check_folder(find(path), abstract_params)
+
+
+def _held(cfg: ModelConfig, abstract_params: Tree) -> ModelConfig:
+  """The model of these parameters, which may be without heads of multi-token prediction."""
+  return cfg if 'mtp' in abstract_params else dataclasses.replace(cfg, mtp=MTP())
 
 
 def _check_folder(folder: Path, abstract_params: Tree) -> None:
@@ -250,17 +256,22 @@ def _check_folder(folder: Path, abstract_params: Tree) -> None:
 
 
 def as_saved(path: str | Path, abstract_params: Tree) -> Tree:
-  """abstract_params without the adapters, where what the path means is a model without any."""
-  names = () if hf_files.is_folder(path) else read_meta(find(path))['leaves']
-  if any(name.startswith('params/lora/') for name in names):
-    return abstract_params
-  return lora.base(abstract_params)
+  """abstract_params without adapters and without heads of multi-token prediction, where what the path
+  means is a model without any.
+  """
+  if hf_files.is_folder(path):
+    saved = {'mtp'} if hf_files.model_config(path).mtp.depth else set()
+  else:
+    saved = {name.split('/')[1] for name in read_meta(find(path))['leaves']
+             if name.startswith('params/')}
+  return {name: part for name, part in abstract_params.items()
+          if name in saved or name not in ('lora', 'mtp')}
 
 
 def load_params(path: str | Path, abstract_params: Tree, cfg: ModelConfig | None = None) -> Tree:
   """Parameters only, placed and cast as abstract_params says; see `check_params`."""
   if cfg and hf_files.is_folder(path):
-    return hf_files.load(path, cfg, abstract_params)
+    return hf_files.load(path, _held(cfg, abstract_params), abstract_params)
   folder, wanted = find(path), {'params': _placed(abstract_params)}
   _check_folder(folder, abstract_params)
   _quiet()

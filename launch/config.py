@@ -328,6 +328,9 @@ def reason(config: ConfigDict, key: str) -> str:
     u = config.upcycle
     return (f'growth is at_step {u.at_step}, by selection {u.selection!r} and allocation '
             f'{u.allocation!r}, with model.moe.bias_rate {config.model.moe.bias_rate}')
+  if rest[:1] == ['mtp']:
+    m = config[first].mtp
+    return f'{first}.mtp.coef is {m.coef} and {first}.mtp.switch is {m.switch}'
   if rest[:1] == ['data']:
     return f'{first}.data.format {config[first].data.format!r} does not use it'
   if rest[:1] == ['optimizer']:

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from launch import mesh as mesh_lib
-from nn import model, score
+from nn import model, mtp, score
 from nn.config import ModelConfig
 from nn.types import Batch, Output, Want
 from rl import sample
@@ -32,7 +32,8 @@ def make_forward(cfg: ModelConfig, replay: bool = False) -> Callable:
 
   def forward(params: Any, batch: Batch, wants: tuple[Want, ...]) -> tuple[dict, Output]:
     routes = batch.routes if replay else None
-    output = model.forward(params, cfg, batch.tokens, batch.positions, batch.segments, routes)
+    output = model.forward(params, cfg, batch.tokens, batch.positions, batch.segments, routes,
+                           mtp.wanted(wants, cfg))
     return score.score(params, cfg, output, batch, wants), output
 
   return forward

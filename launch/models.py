@@ -68,6 +68,8 @@ def adopt(config: ConfigDict, path: str, explicit: Sequence[str]) -> None:
       key = f'model.{part}{name}'
       if name in RUN_FIELDS.get(part.strip('.'), ()):
         continue
+      if not part and name == 'mtp' and not found['mtp']['depth']:
+        continue                         # heads may be added
       if not part and name in PARTS:
         visit(block[name], default[name], found[name], f'{name}.')
         continue

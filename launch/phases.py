@@ -19,11 +19,12 @@ from launch import engine as engine_lib
 from launch import mesh as mesh_lib
 from launch import step as step_lib
 from launch.loop import Phase
-from nn import lora, model, param
+from nn import lora, model, mtp, param
 from nn.config import ModelConfig
-from rl import gate, methods, sample
+from rl import compose, gate, methods, sample
 from rl.envs import arithmetic
 from rl.names import unknown
+from rl.types import Method
 
 
 @dataclasses.dataclass
@@ -237,6 +238,12 @@ def build_gradient(run: Run, terms: tuple, microbatches: int) -> Callable:
                  out_shardings=param.split(run.shardings, run.specs)[0])
 
 
+def flops(run: Run, method: Method, length: int) -> int:
+  """Per token of a train step, with the heads of multi-token prediction that it trains."""
+  heads = mtp.wanted(compose.wants(method.terms), run.cfg)
+  return model.flops(run.cfg, length, max(heads.values(), default=0))
+
+
 def check_length(run: Run, length: int, what: str) -> None:
   if length > run.cfg.max_length:
     raise ValueError(
@@ -249,7 +256,7 @@ def build_text(run: Run, name: str, first: int, last: int) -> Built:
   config_lib.at_least(1, run.config, f'{name}.rows', 'streams')
   config_lib.at_least(2, run.config, f'{name}.length')
   check_length(run, c.length, f'{name}.length')
-  method = methods.build(('sft',), {})
+  method = text_phase.make_method(f'{name}.mtp', c.mtp, run.cfg.mtp.depth, first)
   tx, rate, shardings = build_optimizer(run, c, last - first)
   train_step = build_step(run, method.terms, tx, shardings, c.rows, c.microbatches, name)
   joined = c.data.format in ('text', 'tokens')
@@ -266,12 +273,13 @@ def build_text(run: Run, name: str, first: int, last: int) -> Built:
   if phase_data.has_heldout(c.data):
     heldout = {p.name: functools.partial(once, p.examples)
                for p in phase_data.parts(run, name, c.length, c.data, 'heldout')}
-    evaluate = text_phase.make_evaluate(engine_lib.make_forward(run.cfg), heldout, run.mesh)
+    evaluate = text_phase.make_evaluate(
+        engine_lib.make_forward(run.cfg), heldout, run.mesh, run.cfg.mtp.depth)
   phase = Phase(
       name=name, kind=name, first=first, last=last,
       feed=text_phase.make_feed(reader, method, run.mesh), train_step=train_step, rate=rate,
       evaluate=evaluate, evaluate_every=run.config.eval.every,
-      flops_per_token=model.flops(run.cfg, c.length))
+      flops_per_token=flops(run, method, c.length))
   return Built(
       phase=phase, run=run, tx=tx, reset_optimizer=c.reset_optimizer, state_shardings=shardings,
       memory={'reader': reader.state()}, contract=reader.contract(), check=reader.check,
@@ -300,7 +308,8 @@ def build_rl(run: Run, name: str, first: int, last: int) -> Built:
     raise ValueError('rl.routing_replay is set, but no layer has experts whose choice could be '
                      "replayed; set model.ffn to 'moe', or leave rl.routing_replay out")
   method = rl_phase.watched(
-      methods.build(c.methods, config_lib.method_options(c), max_tokens=c.max_tokens), c.watch)
+      methods.build(c.methods, config_lib.method_options(c), max_tokens=c.max_tokens,
+                    mtp_depth=run.cfg.mtp.depth), c.watch)
   tx, rate, shardings = build_optimizer(run, c, last - first, rl_parts.gated(c))
   train_step = build_step(
       run, method.terms, tx, shardings, num_rows // c.parts, c.microbatches, name, replay,
@@ -347,7 +356,7 @@ def build_rl(run: Run, name: str, first: int, last: int) -> Built:
   phase = Phase(
       name=name, kind='rl', first=first, last=last, feed=feed, train_step=train_step, rate=rate,
       evaluate=evaluate, evaluate_every=run.config.eval.every,
-      flops_per_token=model.flops(run.cfg, length),
+      flops_per_token=flops(run, method, length),
       refused=(lambda s: bool(gate.refused(s))) if c.gate.window else (lambda s: False))
   identity = {'prompts': prompts.identity()}
   return Built(

@@ -113,6 +113,7 @@ def with_drift(run: Any, evaluate: Callable | None) -> Callable:
   """
   @jax.jit
   def shares(params, reference):
+    params = {name: params[name] for name in reference}      # it may lack heads for tokens ahead
     change = model.square_sums(jax.tree.map(jnp.subtract, params, reference), run.cfg)
     whole = model.square_sums(reference, run.cfg)
     return {f'drift/{name}': jnp.sqrt(change[name] / whole[name]) for name in change}

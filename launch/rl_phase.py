@@ -17,6 +17,7 @@ from launch import rollout
 from launch.loop import Feed, Told
 from nn.types import LOGP, PULL
 from rl import losses, sample
+from rl.methods import mtp
 from rl.rewards import pool
 from rl.types import POLICY, SAMPLER, Method, Record, Rows, Score, Term, View
 
@@ -70,7 +71,8 @@ def shift_term(policy: Term) -> Term:
 
 
 def watched(method: Method, shift: bool = False) -> Method:
-  """The method with the agreement of sampler and trainer among its metrics.
+  """The method with the agreement of sampler and trainer among its metrics, and what heads of
+  multi-token prediction do, if it trains any.
 
   Args:
     shift: with `shift_term`, too.
@@ -82,7 +84,7 @@ def watched(method: Method, shift: bool = False) -> Method:
       raise ValueError('rl.watch is set and no method has a policy term; what it measures is the '
                        "gradient of that term's advantages")
     terms += (shift_term(policy),)
-  return dataclasses.replace(method, terms=terms)
+  return mtp.measured(dataclasses.replace(method, terms=terms))
 
 
 def make_task(take: Callable, tokenizer: Any, grader: Any, settings: Settings) -> rollout.Task:

@@ -178,7 +178,7 @@ def gradients(built: Built, memory: dict, params: Any, num: int) -> Iterator[Any
   if num:
     built.restore(memory)
   for _ in range(num):
-    work = built.phase.feed.collect(params, memory, 0)
+    work = built.phase.feed.collect(params, memory, built.phase.last)
     for batch in built.phase.feed.batches(work):
       yield built.gradient(params, batch)
     memory = built.phase.feed.finish(work)
@@ -253,7 +253,8 @@ def describe(run: Run, built: list[Built], saved: dict | None) -> list[tuple[str
     chosen = {attention.choose(jax.default_backend(), b.length, size, window)
               for b in built for size, window in reaches(run.cfg)}
     kind = f'auto: {", ".join(sorted(chosen)) or "no layer attends"}'
-  linear = [('fg2_gdn', recurrence(run.cfg))] if any(m == 'gdn' for m, _ in run.cfg.layers) else []
+  recurrent = any(mixer == 'gdn' for mixer, _ in run.cfg.all_layers)
+  linear = [('fg2_gdn', recurrence(run.cfg))] if recurrent else []
   grows = [('growth', f'at step {b.phase.first}, from {b.growth.before.run.cfg.moe.experts} '
                       f'to {b.run.cfg.moe.experts} experts a layer, '
                       f'{param.count(largest):,} parameters')
@@ -280,7 +281,7 @@ def describe(run: Run, built: list[Built], saved: dict | None) -> list[tuple[str
 
 def reaches(cfg: ModelConfig) -> list[tuple[int, int]]:
   """(head size, window) of the layers that attend; the larger size where keys and values differ."""
-  m, mixers = cfg.mla_sizes, {mixer for mixer, _ in cfg.layers}
+  m, mixers = cfg.mla_sizes, {mixer for mixer, _ in cfg.all_layers}
   kinds = {'attention': (cfg.head_dim, 0), 'local': (cfg.head_dim, cfg.window),
            'mla': (max(m.nope_dim + m.rope_dim, m.value_dim), 0)}
   return [kind for mixer, kind in kinds.items() if mixer in mixers]

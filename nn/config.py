@@ -197,6 +197,27 @@ class LoRA:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class MTP:
+  """Multi-token prediction, see `nn/mtp.py`."""
+  depth: int = 0                       # heads, each for one token further ahead; 0: none
+  layer: tuple[str, ...] = ()          # (mixer, ffn) of the layer in each; (): those of the model's last layer
+  order: tuple[str, ...] = ('hidden', 'embedding')     # in which the two are joined; many checkpoints: embedding first
+  hidden: str = 'after'                # each takes what is behind the last norm of the one before, or in front: 'before'
+
+  def __post_init__(self):
+    if self.depth < 0:
+      raise ValueError(f'model.mtp.depth is {self.depth}, wanted at least 1, or 0 for no heads')
+    if not self.depth and any(getattr(self, f.name) != f.default for f in dataclasses.fields(self)):
+      raise ValueError('model.mtp is set and model.mtp.depth is 0: there are no heads; wanted at least 1')
+    if len(self.layer) not in (0, 2):
+      raise ValueError(f'model.mtp.layer is {self.layer}, wanted a mixer and an FFN, or ()')
+    if sorted(self.order) != ['embedding', 'hidden']:
+      raise ValueError(f'model.mtp.order is {self.order}, wanted hidden and embedding in either order')
+    if self.hidden not in ('before', 'after'):
+      raise ValueError(f'model.mtp.hidden is {self.hidden!r}, wanted before or after')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
   """A decoder: `head` layers, then `pattern` x `repeats` under one scan, then `tail` layers."""
   vocab_size: int
@@ -215,6 +236,7 @@ class ModelConfig:
   gdn: GDN = GDN()                     # of the mixer 'gdn'
   mla: MLA = MLA()                     # of the mixer 'mla'
   lora: LoRA = LoRA()                  # adapters
+  mtp: MTP = MTP()                     # heads for tokens further ahead
   rope_theta: float = 10_000.0         # base of the rotary angles; 0: attention without positions
   rope_share: float = 1.0              # of a head's elements that are turned, the first ones
   rope: Rope = Rope()                  # for contexts longer than those of pretraining
@@ -263,14 +285,14 @@ class ModelConfig:
       raise ValueError(f'model.dtype is {self.dtype!r}, wanted float32 or bfloat16')
     if self.remat not in ('none', 'full', 'dots'):
       raise ValueError(f'model.remat is {self.remat!r}, wanted none, full or dots')
-    if any(ffn == 'moe' for _, ffn in self.layers) and not self.moe.ffw_dim and self.ffw_dim % self.moe.top_k:
+    if any(ffn == 'moe' for _, ffn in self.all_layers) and not self.moe.ffw_dim and self.ffw_dim % self.moe.top_k:
       raise ValueError(f'model.ffw_dim {self.ffw_dim} is not a multiple of model.moe.top_k {self.moe.top_k}; '
                        'give model.moe.ffw_dim')
     if not self.lora.rank and self.lora != LoRA():
       raise ValueError('model.lora is set and model.lora.rank is 0: there are no adapters; wanted at least 1')
     if not self.layers:
       raise ValueError('the model has no layers: head, pattern x repeats and tail are all empty')
-    mixers = [mixer for mixer, _ in self.layers]
+    mixers = [mixer for mixer, _ in self.all_layers]
     if 'gdn' in mixers:
       self._check_gdn()
     elif self.gdn != GDN():
@@ -279,7 +301,7 @@ class ModelConfig:
       self._check_mla()
     elif self.mla != MLA():
       raise ValueError(f'model.mla is set, but no layer has the mixer mla; the layers have {sorted(set(mixers))}')
-    ffns = {ffn for _, ffn in self.layers}
+    ffns = {ffn for _, ffn in self.all_layers}
     local = ModelConfig.window, ModelConfig.local_theta
     if 'local' in mixers and not self.window:
       raise ValueError("model.window is 0; the mixer 'local' needs the number of tokens it sees")
@@ -324,14 +346,29 @@ class ModelConfig:
     entries = (*self.head, *(self.pattern * self.repeats), *self.tail)
     return tuple(pair(entry, self.ffn) for entry in entries)
 
+  @property
+  def mtp_layer(self) -> tuple[str, str]:
+    """(mixer, ffn) of the layer in each head of multi-token prediction."""
+    return tuple(self.mtp.layer) or self.layers[-1]
 
-PARTS = {'gdn': GDN, 'mla': MLA, 'moe': MoE, 'rope': Rope, 'lora': LoRA}     # fields of ModelConfig that have fields
+  @property
+  def all_layers(self) -> tuple[tuple[str, str], ...]:
+    """`layers`, and those of multi-token prediction behind them."""
+    return self.layers + (self.mtp_layer,) * self.mtp.depth if self.layers else ()
+
+
+# Fields of ModelConfig that have fields.
+PARTS = {'gdn': GDN, 'mla': MLA, 'moe': MoE, 'rope': Rope, 'lora': LoRA, 'mtp': MTP}
 
 
 def from_dict(fields: Mapping[str, Any]) -> ModelConfig:
   """The config of nested plain values, as JSON has them: what `dataclasses.asdict` gives."""
-  tuples = lambda x: tuple(map(tuples, x)) if isinstance(x, list | tuple) else x
-  fields = {name: tuples(x) for name, x in fields.items()}
+  def tuples(x):
+    if isinstance(x, Mapping):
+      return {name: tuples(value) for name, value in x.items()}
+    return tuple(map(tuples, x)) if isinstance(x, list | tuple) else x
+
+  fields = tuples(fields)
   return ModelConfig(**fields | {name: kind(**fields[name]) for name, kind in PARTS.items() if name in fields})
 
 
@@ -345,8 +382,9 @@ RUN_FIELDS = {
 def architecture(cfg: ModelConfig) -> dict[str, Any]:
   """{field: value} of what makes up the function, in one form for all configs that mean the same."""
   fields = dataclasses.asdict(cfg)
-  mixers, ffns = ({names[i] for names in cfg.layers} for i in (0, 1))
+  mixers, ffns = ({names[i] for names in cfg.all_layers} for i in (0, 1))
   fields['layers'] = cfg.layers
+  fields['mtp']['layer'] = cfg.mtp_layer if cfg.mtp.depth else ()
   fields['query_scalar'] = cfg.query_scalar or cfg.head_dim
   fields['attention_bias'] = sorted(cfg.attention_bias)
   fields['rope'] |= {'fast': cfg.rope.turns, 'gain': cfg.rope.attention_gain}

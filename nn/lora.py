@@ -21,11 +21,14 @@ from nn.linear import Adapted
 from nn.param import Spec, Tree
 
 LEAD = ('layers', 'expert')
-LAYERS = ('head/', 'blocks/', 'tail/')
+LAYERS = ('head/', 'blocks/', 'tail/', 'mtp/')
 
 
 def specs(table: Tree, cfg: LoRA) -> Tree:
   """The table with adapters, and nothing else to train; the table itself where cfg.rank is 0.
+
+  Heads of multi-token prediction have adapters like any layer, for their projection, too; what they
+  know they must have learnt before.
 
   a is drawn as in PEFT (Kaiming's uniform law with slope sqrt(5)): evenly within 1 / sqrt(inputs). b is
   0, so that training begins with the model as it was.

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from nn import block, gdn, linear, lora, norm, param
+from nn import block, gdn, linear, lora, mtp, norm, param
 from nn import cache as cache_lib
 from nn.config import ModelConfig, pair
 from nn.param import Spec
@@ -30,6 +30,8 @@ def specs(cfg: ModelConfig) -> dict:
   if not cfg.tied:
     sizes = {'vocab': cfg.vocab_size, 'embed': cfg.embed_dim}
     table['unembed'] = {'table': param.matrix(sizes, ('vocab', 'embed'), contract=('embed',))}
+  if cfg.mtp.depth:
+    table['mtp'] = mtp.specs(cfg)
   return lora.specs(table, cfg.lora)
 
 
@@ -41,6 +43,7 @@ def init(key: jax.Array, cfg: ModelConfig) -> dict:
 def forward(
     params: dict, cfg: ModelConfig, tokens: jax.Array, positions: jax.Array, segments: jax.Array,
     routes: Mapping[int, jax.Array] | None = None,
+    heads: Mapping[tuple[str, ...], int] | None = None,
 ) -> Output:
   """Hidden states of whole rows.
 
@@ -48,6 +51,7 @@ def forward(
     tokens, positions, segments: [B, T] int32; segments 0 is padding.
     routes: {layer index: [B, T, top_k] integers}, experts to take again, as in Output.routes; -1:
       choose anew. A layer that is not named chooses.
+    heads: depths of multi-token prediction, as nn.mtp.wanted gives them; None: none is computed.
 
   Raises:
     ValueError: rows longer than cfg.max_length; routes of a layer that has no experts.
@@ -60,8 +64,19 @@ def forward(
     return x, state, extras
 
   states = _replays(cfg, routes, tokens.shape) if routes else _states(cfg, lambda names: None)
-  x, _, extras = _walk(params, cfg, layer, _embed(params, cfg, tokens), states)
-  return Output(hidden=_final_norm(params, cfg, x), **_collect(extras))
+  embeddings, ahead = _embed(params, cfg, tokens), {}
+  x, _, extras = _walk(params, cfg, layer, embeddings, states)
+  hidden = _final_norm(params, cfg, x)
+
+  def head_layer(names, layer_params, x, known):
+    return block.apply(layer_params, cfg, names, x, positions, known)
+
+  for detach, depth in (heads or {}).items():
+    ahead[detach], more = mtp.apply(
+        lora.adapted(params, cfg.lora)['mtp'], cfg, hidden if cfg.mtp.hidden == 'after' else x,
+        embeddings, segments, _remat(cfg, head_layer, cfg.mtp_layer), depth, detach)
+    extras += more if len(ahead) == 1 else []      # the others are the same but for gradients
+  return Output(hidden=hidden, mtp_hidden=ahead, **_collect(extras))
 
 
 def prepare(params: dict, cfg: ModelConfig) -> dict:
@@ -69,11 +84,12 @@ def prepare(params: dict, cfg: ModelConfig) -> dict:
   unrolled layers apart.
 
   `prefill` and `step` give the same with either form; without this, they merge, round and cut the
-  weights again for every token.
+  weights again for every token. Heads of multi-token prediction are left out.
   """
   table = param.flat(specs(cfg))
+  merged = {name: part for name, part in lora.merge(params, cfg.lora).items() if name != 'mtp'}
   rounded = {name: a.astype(cfg.dtype) if table[name].contract or name == 'embed/table' else a
-             for name, a in param.flat(lora.merge(params, cfg.lora)).items()}
+             for name, a in param.flat(merged).items()}
   params = param.unflat(rounded)
   if 'blocks' in params and cfg.unroll:
     params['blocks'] = _apart(params['blocks'], cfg)
@@ -154,7 +170,8 @@ def square_sums(tree: dict, cfg: ModelConfig) -> dict[str, jax.Array]:
     tree: shaped like params, some of them, or their gradients.
   """
   total = lambda part: sum(jnp.sum(jnp.square(a)) for a in jax.tree.leaves(part))
-  out = {name: total(part) for name, part in tree.items() if name not in _parts(cfg)}
+  layered = {part for (part, _), _ in by_layer(cfg)}
+  out = {name: total(part) for name, part in tree.items() if name not in layered}
   for (part, name), indices in by_layer(cfg):
     leaves = jax.tree.leaves(tree.get(part, {}).get(name, {}))
     for r, i in enumerate(indices) if leaves else ():
@@ -162,14 +179,18 @@ def square_sums(tree: dict, cfg: ModelConfig) -> dict[str, jax.Array]:
   return out
 
 
-def flops(cfg: ModelConfig, length: int) -> int:
+def flops(cfg: ModelConfig, length: int, depth: int = 0) -> int:
   """Training FLOPs per token of rows of `length`: forward, and twice that backward.
 
   Under adapters backward is once: of weights there are only their gradients, too small to count.
   Recomputation is not counted.
+
+  Args:
+    depth: heads of multi-token prediction that are trained, too.
   """
   layers = sum(block.flops(cfg, names, length) for names in cfg.layers)
-  return (2 if cfg.lora.rank else 3) * (layers + 2 * cfg.embed_dim * cfg.vocab_size)
+  layers += depth * mtp.flops(cfg, length) if depth else 0
+  return (2 if cfg.lora.rank else 3) * (layers + (1 + depth) * 2 * cfg.embed_dim * cfg.vocab_size)
 
 
 def after_update(params: dict, cfg: ModelConfig, load: Mapping[int, jax.Array]) -> dict:
@@ -187,7 +208,7 @@ def after_update(params: dict, cfg: ModelConfig, load: Mapping[int, jax.Array]) 
     if indices[0] in load:
       totals = jnp.stack([load[i] for i in indices]) if part == 'blocks' else load[indices[0]]
       layer = params[part][name]
-      ffn = block.FFNS[cfg.layers[indices[0]][1]].after_update(layer['ffn'], cfg, totals)
+      ffn = block.FFNS[cfg.all_layers[indices[0]][1]].after_update(layer['ffn'], cfg, totals)
       params[part] = params[part] | {name: layer | {'ffn': ffn}}
   return params
 
@@ -199,14 +220,14 @@ def warm_start(params: dict, cfg: ModelConfig, variant: str) -> tuple[dict, Mode
     ValueError: a model without such layers, or whose variant is no special case of the new one.
   """
   params, new = dict(params), None
-  for part, layers in _parts(cfg).items():
-    for name in (n for n, (mixer, _) in layers.items() if mixer == 'gdn'):
+  for (part, name), indices in by_layer(cfg):
+    if cfg.all_layers[indices[0]][0] == 'gdn':
       layer = params[part][name]
       mixer, new = gdn.warm_start(layer['mixer'], cfg, variant)
       params[part] = params[part] | {name: layer | {'mixer': mixer}}
   if new is None:
     raise ValueError(f'no layer has the mixer gdn, so none can become {variant!r}; '
-                     f'the layers have {sorted({mixer for mixer, _ in cfg.layers})}')
+                     f'the layers have {sorted({mixer for mixer, _ in cfg.all_layers})}')
   return params, new
 
 
@@ -245,14 +266,17 @@ def _states(cfg: ModelConfig, make) -> dict:
 
 
 def by_layer(cfg: ModelConfig) -> list[tuple[tuple[str, str], tuple[int, ...]]]:
-  """((part, position), the model's indices of layers there) for every entry of the parameters."""
+  """((part, position), the model's indices of layers there) for every entry of the parameters.
+
+  Those of multi-token prediction count on behind the last layer: ('mtp', '0') is the first of them.
+  """
   first, period, entries = len(cfg.head), len(cfg.pattern), []
   for part, layers in _parts(cfg).items():
     for i, name in enumerate(layers):
       begin = {'head': 0, 'blocks': first, 'tail': first + period * cfg.repeats}[part] + i
       entries.append(((part, name), tuple(
           begin + r * period for r in range(cfg.repeats if part == 'blocks' else 1))))
-  return entries
+  return entries + [(('mtp', str(k)), (len(cfg.layers) + k,)) for k in range(cfg.mtp.depth)]
 
 
 def places(cfg: ModelConfig) -> list[tuple[str, tuple[int, ...]]]:

@@ -7,7 +7,7 @@ truncated support, k ids asked for, C positions of a chunk.
 import jax
 import jax.numpy as jnp
 
-from nn import model, param
+from nn import model, mtp, param
 from nn.config import ModelConfig
 from nn.types import Batch, Output, Want
 
@@ -16,7 +16,9 @@ CHUNK_BYTES = 2**24                    # of float32 logits that exist at once on
 # On a device; with fewer, reading the table takes longer than multiplying by it.
 CHUNK_TOKENS = 512
 
-Scores = dict[Want, jax.Array | tuple[jax.Array, jax.Array]]
+MAIN = (0, ())                         # the model's own head, see _head
+
+Scores = dict[Want, jax.Array | tuple[jax.Array, ...]]
 
 
 def score(
@@ -25,14 +27,14 @@ def score(
   """What `wants` ask about every token, given the tokens before it in its segment.
 
   Logits are divided by batch.temperature. Where batch.support names ids and the token is among
-  them, LOGP and ENTROPY are of the distribution over these ids alone; the other kinds are always of
-  the distribution over all ids.
+  them, LOGP, ENTROPY and `mtp` are of the distribution over these ids alone; the other kinds are
+  always of the distribution over all ids.
 
   Returns:
     {want: float32 [B, T]}, and for the other kinds what `nn.types` says; 0 where there is nothing
-    to predict from, at a segment's first token and at padding. Differentiable; [B, T, V] logits
-    never exist unless they are small (CHUNK_BYTES), and are not kept for the backward pass even
-    then.
+    to predict from, at a segment's first token (first k + 1 for depth k of multi-token prediction)
+    and at padding. Differentiable; [B, T, V] logits never exist unless they are small (CHUNK_BYTES,
+    of each head), and are not kept for the backward pass even then.
 
   Raises:
     ValueError: a kind that this model cannot answer.
@@ -40,21 +42,27 @@ def score(
   if unknown := sorted({want.kind for want in wants} - KINDS.keys()):
     raise ValueError(f'nothing in this model answers {unknown}; known are {sorted(KINDS)}')
   length = batch.tokens.shape[1]
-  previous = lambda x: jnp.concatenate([x[:, :1], x[:, :-1]], axis=1)
-  inside = ((batch.segments == previous(batch.segments)) & (batch.segments != 0)
-            & (jnp.arange(length) > 0))
+  heads = sorted({MAIN} | {_head(want) for want in wants})
+  hidden = lambda depth, detach: output.mtp_hidden[detach][depth - 1] if depth else output.hidden
+  known = mtp.reach(batch.segments, 1 + max(depth for depth, _ in heads))
   rows = {
-      'hidden': previous(output.hidden), 'tokens': batch.tokens, 'inside': inside,
-      'support': batch.support,
+      'hidden': [mtp.previous(hidden(*head)) for head in heads],
+      'inside': [known[depth] for depth, _ in heads],
+      'tokens': batch.tokens, 'support': batch.support,
       'ids': {want.ids: batch.data[want.ids][0] for want in wants if want.kind == 'at'}}
 
   @jax.checkpoint
   def values(chunk):
-    logits = model.unembed(params, cfg, chunk['hidden']) / batch.temperature
-    chunk = chunk | {'temperature': batch.temperature}
-    blank = lambda x: jnp.where(
-        chunk['inside'].reshape(chunk['inside'].shape + (1,) * (x.ndim - 2)), x, 0)
-    return {want: jax.tree.map(blank, KINDS[want.kind](logits, chunk, want)) for want in wants}
+    out, main = {}, None
+    for (depth, detach), hidden, inside in zip(heads, chunk['hidden'], chunk['inside']):
+      table = jax.lax.stop_gradient(params) if 'head' in detach else params
+      logits = model.unembed(table, cfg, hidden) / batch.temperature
+      main = main if depth else logits
+      seen = chunk | {'hidden': hidden, 'main': main, 'temperature': batch.temperature}
+      blank = lambda x: jnp.where(inside.reshape(inside.shape + (1,) * (x.ndim - 2)), x, 0)
+      out |= {want: jax.tree.map(blank, KINDS[want.kind](logits, seen, want))
+              for want in wants if _head(want) == (depth, detach)}
+    return out
 
   size = cfg.score_chunk or chunk_size(cfg, *batch.tokens.shape)
   if size >= length:
@@ -79,6 +87,11 @@ def chunk_size(cfg: ModelConfig, num_rows: int, length: int) -> int:
   vocabulary = cfg.vocab_size // param.ways(cfg.rules, 'vocab', cfg.vocab_size)
   tokens = max(CHUNK_TOKENS, CHUNK_BYTES // (4 * vocabulary))
   return min(length, max(1, tokens // rows))
+
+
+def _head(want: Want) -> tuple[int, tuple[str, ...]]:
+  """Whose logits answer it: depth of multi-token prediction, and what is cut off there."""
+  return (want.size, want.detach) if want.kind in mtp.KINDS else MAIN
 
 
 def _normaliser(logits: jax.Array) -> jax.Array:
@@ -152,5 +165,14 @@ def _pull(logits: jax.Array, chunk: dict, want: Want) -> jax.Array:
   return error * size / jnp.square(chunk['temperature'])
 
 
-KINDS = {'logp': _logp, 'entropy': _entropy, 'topk': _topk, 'at': _at, 'fixed': _fixed,
-         'pull': _pull}
+def _draft(
+    logits: jax.Array, chunk: dict, want: Want) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """[B, C] each."""
+  del want
+  best, main = jnp.argmax(logits, axis=-1), jnp.argmax(chunk['main'], axis=-1)
+  as_float = lambda x: x.astype(jnp.float32)
+  return jnp.ones(best.shape), as_float(best == chunk['tokens']), as_float(best == main)
+
+
+KINDS = {'logp': _logp, 'entropy': _entropy, 'mtp': _logp, 'draft': _draft, 'topk': _topk,
+         'at': _at, 'fixed': _fixed, 'pull': _pull}

@@ -15,12 +15,13 @@ import jax
 @dataclasses.dataclass(frozen=True, order=True)
 class Want:
   """One thing to read off a forward pass. Ordered, so that tracing never depends on hash order."""
-  kind: str          # logp, entropy, pull, mtp, topk, at, fixed
-  size: int = 0      # topk: k.  fixed: the token id
+  kind: str          # logp, entropy, pull, mtp, draft, topk, at, fixed
+  size: int = 0      # topk: k.  fixed: the token id.  mtp, draft: the depth
   ids: str = ''      # at: key of the batch data whose first array holds the ids, [B, T, k]
+  detach: tuple[str, ...] = ()         # mtp, draft: of DETACH
 
 
-LOGP, ENTROPY, MTP = Want('logp'), Want('entropy'), Want('mtp')
+LOGP, ENTROPY = Want('logp'), Want('entropy')
 # Squared norm of the gradient of LOGP with respect to the unembedding's matrix: [B, T].
 PULL = Want('pull')
 
@@ -38,6 +39,29 @@ def at(key: str) -> Want:
 def fixed(token: int) -> Want:
   """Log-probability of one id, and the log-normaliser of all other logits: ([B, T], [B, T])."""
   return Want('fixed', size=token)
+
+
+# What heads of multi-token prediction share with the model, and send gradients to unless cut off.
+DETACH = ('embedding', 'head', 'trunk')
+
+
+def mtp(depth: int, detach: tuple[str, ...] = ()) -> Want:
+  """LOGP as this head of multi-token prediction has it, without the hidden states of the last
+  `depth` tokens before; 0 where its segment has not depth + 1 tokens before: [B, T].
+
+  Args:
+    detach: parts of DETACH to which this sends no gradient.
+  """
+  if unknown := set(detach) - set(DETACH):
+    raise ValueError(f'detach names {sorted(unknown)}, wanted some of {", ".join(DETACH)}')
+  return Want('mtp', size=depth, detach=tuple(sorted(set(detach))))
+
+
+def draft(depth: int, detach: tuple[str, ...] = ()) -> Want:
+  """What this head would draft, its likeliest id: three arrays [B, T] float32 of 0 and 1, whether it
+  has anything to predict from, and whether then that id is the token, and is the likeliest of LOGP.
+  """
+  return dataclasses.replace(mtp(depth, detach), kind='draft')
 
 
 @flax.struct.dataclass
@@ -68,7 +92,8 @@ class Batch:
 class Output:
   """What `nn.model.forward` returns."""
   hidden: jax.Array                  # [B, T, D] in the compute dtype, after the final norm
-  mtp_hidden: jax.Array | None = None                                     # [K, B, T, D]
+  # {Want.detach: [K, B, T, D]}, likewise, of the heads that were asked for, see nn/mtp.py
+  mtp_hidden: dict[tuple[str, ...], jax.Array] = dataclasses.field(default_factory=dict)
   aux_loss: dict[str, jax.Array] = dataclasses.field(default_factory=dict)  # {name: []}
   # {layer index: [B, T, top_k] int32}, experts taken; -1 at padding
   routes: dict[int, jax.Array] = dataclasses.field(default_factory=dict)

@@ -7,7 +7,7 @@ from typing import Any
 
 from rl import pieces
 from rl.compose import compose, ready
-from rl.methods import dapo, dr_grpo, grpo, rloo
+from rl.methods import dapo, dr_grpo, grpo, mtp, rloo
 from rl.names import choose
 from rl.types import Method
 
@@ -30,17 +30,22 @@ METHODS = {
     'mis': pieces.mis,
     'icepop': pieces.icepop,
     'geometric': pieces.geometric,
+    'mtp_detach': mtp.mtp_detach,
+    'mtp_ce': mtp.mtp_ce,
+    'mtp_policy': mtp.mtp_policy,
+    'mtp_occ': mtp.mtp_occ,
 }
+SUPPLIED = ('max_tokens', 'mtp_depth')   # parameters that the run itself gives
 
 
 def defaults(name: str) -> dict[str, Any]:
-  """{option: default} of a method, without what the run itself supplies (max_tokens)."""
+  """{option: default} of a method, without SUPPLIED."""
   parameters = inspect.signature(choose(METHODS, name, 'method')).parameters
-  return {p.name: p.default for p in parameters.values() if p.name != 'max_tokens'}
+  return {p.name: p.default for p in parameters.values() if p.name not in SUPPLIED}
 
 
 def build(names: tuple[str, ...], options: Mapping[str, Mapping[str, Any]], *extra: Method,
-          max_tokens: int = 0) -> Method:
+          max_tokens: int = 0, mtp_depth: int = 0) -> Method:
   """The run's method, composed and ready.
 
   Args:
@@ -49,6 +54,7 @@ def build(names: tuple[str, ...], options: Mapping[str, Mapping[str, Any]], *ext
     *extra: methods of the run itself, such as its rewards; they come first.
     max_tokens: of a response; goes to every method with a parameter of this name. 0: the run
       samples nothing.
+    mtp_depth: heads of multi-token prediction that the model has; likewise.
 
   Raises:
     ValueError: an unknown method or option, an option of the wrong type or of a method not in
@@ -64,11 +70,11 @@ def build(names: tuple[str, ...], options: Mapping[str, Mapping[str, Any]], *ext
   for name in sorted(n for n in options if options[n]):
     if name not in names:
       raise ValueError(f'options for {name!r}, which is not among the methods {list(names)}')
-  methods = [one(name, options.get(name, {}), max_tokens) for name in names]
+  methods = [one(name, options.get(name, {}), max_tokens, mtp_depth) for name in names]
   return ready(compose(*extra, *methods))
 
 
-def one(name: str, options: Mapping[str, Any], max_tokens: int) -> Method:
+def one(name: str, options: Mapping[str, Any], max_tokens: int, mtp_depth: int = 0) -> Method:
   """One method by name, its options checked against its signature."""
   parameters = inspect.signature(METHODS[name]).parameters
   known = defaults(name)
@@ -78,6 +84,8 @@ def one(name: str, options: Mapping[str, Any], max_tokens: int) -> Method:
     if parameters['max_tokens'].default is inspect.Parameter.empty and max_tokens < 1:
       raise ValueError(f'{name} needs the length of a response, and this run samples none')
     given['max_tokens'] = max_tokens
+  if 'mtp_depth' in parameters:
+    given['mtp_depth'] = mtp_depth
   try:
     return METHODS[name](**given)
   except ValueError as e:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from kernels import attention
-from launch import aot, rl_phase
+from launch import aot, rl_phase, text_phase
 from launch import config as config_lib
 from launch import mesh as mesh_lib
 from nn import model, param
@@ -35,11 +35,13 @@ def test_train_steps_compile(path, target):
   for name in config.phases:
     c = config[name]
     if name == 'rl':
-      method = methods.build(c.methods, config_lib.method_options(c), max_tokens=c.max_tokens)
+      method = methods.build(c.methods, config_lib.method_options(c), max_tokens=c.max_tokens,
+                             mtp_depth=cfg.mtp.depth)
       terms = rl_phase.watched(method).terms
       rows, length = c.prompts * c.group // c.parts, c.max_prompt + c.max_tokens
     else:
-      terms, rows, length = methods.build(('sft',), {}).terms, c.rows, c.length
+      method = text_phase.make_method(f'{name}.mtp', c.mtp, cfg.mtp.depth, 0)
+      terms, rows, length = method.terms, c.rows, c.length
     compiled = aot.train_step(cfg, mesh, c, terms, rows, length)
     mixers, program = {mixer for mixer, _ in cfg.layers}, compiled.as_text()
     if 'attention' in mixers:

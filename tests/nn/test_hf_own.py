@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 
 from nn import hf, model, param
-from nn.config import GDN, MLA, MoE
+from nn.config import GDN, MLA, MTP, MoE
 
 # Every mixer and FFN, some of them twice, alone and under the scan.
 CFG = tiny.config(
     head=('attention', 'mla'), pattern=(('gdn', 'moe'), ('local', 'mlp'), ('mla', 'moe')),
     repeats=2, tail=('gdn',), window=3, gdn=GDN(variant='fg2_plus', beta_rank=3, lower_bound=-5.0),
     mla=MLA(q_rank=5, rope_dim=2), moe=MoE(experts=4, scores='sigmoid', bias=True, shared_dim=6),
-    attention_gate=True, attention_bias=('q', 'gate'), dtype='bfloat16', remat='full')
+    attention_gate=True, attention_bias=('q', 'gate'), dtype='bfloat16', remat='full',
+    mtp=MTP(depth=2, order=('embedding', 'hidden')))
 
 
 def draw(cfg):
@@ -36,6 +37,7 @@ def test_a_model_without_public_class_comes_back_bit_by_bit():
     tensor = tensors.setdefault(piece.tensor, np.full(piece.layout.theirs, np.nan, np.float32))
     hf.write(piece, params[piece.path][piece.lead], tensor)
   np.testing.assert_array_equal(tensors['layers.1.mixer.k_up'], params['head/1/mixer/k_up'])
+  np.testing.assert_array_equal(tensors['mtp.1.project'], params['mtp/1/project'])
   np.testing.assert_array_equal(tensors['layers.5.ffn.gate'], params['blocks/0/ffn/gate'][1])
   plan = hf.plan(hf.family_of(config), again, {name: t.shape for name, t in tensors.items()})
   for path, expected in params.items():

@@ -13,7 +13,7 @@ import pytest
 from jax.extend import core
 
 from nn import model, param, score
-from nn.types import ENTROPY, LOGP, MTP, Output, at, fixed, topk
+from nn.types import ENTROPY, LOGP, Output, Want, at, fixed, topk
 
 CFG = tiny.config(vocab_size=17, embed_dim=8)
 WANTS = (LOGP, ENTROPY, at('teacher'), fixed(3), topk(4))
@@ -175,8 +175,8 @@ def test_an_id_that_cannot_be_sampled_leaves_all_finite():
 
 def test_what_the_model_cannot_answer_is_refused():
   params, hidden, rows = example()
-  with pytest.raises(ValueError, match=r"nothing in this model answers \['mtp'\]"):
-    scores(params, hidden, rows, (LOGP, MTP))
+  with pytest.raises(ValueError, match=r"nothing in this model answers \['mood'\]"):
+    scores(params, hidden, rows, (LOGP, Want('mood')))
 
 
 def arrays_in(jaxpr):

@@ -151,8 +151,8 @@ def test_every_option_has_a_default_a_config_can_hold(name):
 
 
 def length_of(name):
-  named = 'max_tokens' in inspect.signature(methods.METHODS[name]).parameters
-  return {'max_tokens': LENGTH} if named else {}
+  given = {'max_tokens': LENGTH, 'mtp_depth': 1}
+  return {k: given[k] for k in inspect.signature(methods.METHODS[name]).parameters if k in given}
 
 
 def test_the_plain_text_is_the_row_s_own():
