@@ -9,6 +9,7 @@ are read, and a program that does not fit ends with the compiler's own message.
 """
 
 import functools
+import importlib
 import os
 import sys
 from pathlib import Path
@@ -93,10 +94,10 @@ def devices(machine: str) -> list:
   from jax.experimental import topologies
   try:
     if machine == 'h200':
-      import jax_plugins.xla_cuda12  # noqa: F401
+      importlib.import_module('jax_plugins.xla_cuda12')
       return topologies.get_topology_desc(
           platform='cuda', topology='1x1x1', target_config=H200).devices
-    import libtpu  # noqa: F401
+    importlib.import_module('libtpu')
     return topologies.get_topology_desc(machine, platform='tpu').devices
   except ImportError as error:
     raise ValueError(f"compiling for {machine} needs the extra 'aot': {error}") from error

@@ -37,7 +37,7 @@ def make_logp(speaker: talk.Speaker, rows: int) -> Callable:
       tokens = np.zeros((len(some), engine.few(end[-1], cfg.max_length)), np.int32)
       for row, i in zip(tokens, some):
         row[:len(texts[i])] = texts[i]
-      values = score(speaker.params, tokens, end, None, {}, (LOGP,), 1.0)[LOGP]
+      values = score(speaker.params, tokens, end, None, None, {}, (LOGP,), 1.0)[LOGP]
       for n, i in enumerate(some):
         found[i] = values[n, :end[n]]
       done(len(some))

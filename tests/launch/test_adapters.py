@@ -92,7 +92,7 @@ def test_adapters_leave_a_run_merged_or_for_peft(runs, tmp_path):
   _, adapted = runs
   at = ['--workdir', str(adapted), '--step', '4']
   assert adapters.main([*at, '--merged', str(tmp_path / 'merged')]) == 0
-  speaker = talk.load(str(tmp_path / 'merged'), None, {'data': 1}, None)
+  speaker = talk.open_model(str(tmp_path / 'merged'), {'data': 1})
   assert speaker.cfg.lora.rank == 0 and speaker.step == 4
   found, merged = param.flat(speaker.params), merged_parameters(adapted)
   assert found.keys() == merged.keys()

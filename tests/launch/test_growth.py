@@ -87,7 +87,7 @@ def test_eight_devices_grow_as_one(whole, tmp_path):
 def test_both_models_of_a_run_can_be_asked(whole):
   _, workdir = whole
   for step, number in ((2, 4), (3, 8)):
-    speaker = talk.load(str(workdir / checkpoint.FOLDER / str(step)), None, {'data': 1}, None)
+    speaker = talk.open_model(str(workdir / checkpoint.FOLDER / str(step)), {'data': 1})
     assert speaker.cfg.moe.experts == number
 
 
