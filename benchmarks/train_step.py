@@ -4,7 +4,8 @@
     python benchmarks/train_step.py --experts 8 \
         --peer 'PYTHON hf_lm_step.py --what moe --backends grouped_mm --experts 8'
 
-With --experts the FFNs are mixtures of equal active width.
+With --experts the FFNs are mixtures of equal active width. With --apart 1 layers stand alone and not
+under one stacked array of each kind, whose parts a CPU copies in every step.
 """
 
 import dataclasses
@@ -28,6 +29,8 @@ def child(o):
   cfg = common.model_config(o.preset)
   if o.experts:
     cfg = dataclasses.replace(cfg, ffn='moe', moe=MoE(experts=o.experts, top_k=o.topk))
+  if o.apart:
+    cfg = dataclasses.replace(cfg, head=cfg.pattern * cfg.repeats, repeats=0)
   specs = model.specs(cfg)
   tx = optimizer.make(specs, name='adamw', weight_decay=0.01, clip=0.0, b1=0.9, b2=0.999, eps=1e-8)
   method = methods.build(('sft',), {})
@@ -56,5 +59,5 @@ def child(o):
 
 
 if __name__ == '__main__':
-  options = common.options(__doc__, batch=8, length=128, experts=0, topk=2)
+  options = common.options(__doc__, batch=8, length=128, experts=0, topk=2, apart=0)
   child(options) if options.child else common.rounds(options, sys.argv[1:])
