@@ -4,8 +4,8 @@
     python benchmarks/train_step.py --experts 8 \
         --peer 'PYTHON hf_lm_step.py --what moe --backends grouped_mm --experts 8'
 
-With --experts the FFNs are mixtures of equal active width. With --apart 1 layers stand alone and not
-under one stacked array of each kind, whose parts a CPU copies in every step.
+With --experts the FFNs are mixtures of equal active width. With --apart 1 layers stand alone and
+not under one stacked array of each kind, whose parts a CPU copies in every step.
 """
 
 import dataclasses

@@ -167,7 +167,7 @@ def text_phase() -> ConfigDict:
   c.microbatches = 1                   # passes an optimiser step is divided into, to save memory
   c.reset_optimizer = True             # begin with fresh moments; they are carried on otherwise
   c.mtp = ConfigDict()                 # how model.mtp's heads are trained
-  c.mtp.coef = 0.0                     # of the mean of their losses, as 0.3; 0: they are not trained
+  c.mtp.coef = 0.0                     # of the mean of their losses, as 0.3; 0: not trained
   c.mtp.switch = 0                     # step of the phase from which the coefficient is
   c.mtp.later = 0.1                    # this one; 0: it stays
   c.mtp.detach = ()                    # what learns nothing from them: of trunk, embedding, head

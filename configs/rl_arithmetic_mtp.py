@@ -1,11 +1,13 @@
-"""Worked sums by a model that also predicts the token after the next, under Optimal Coefficient Calibration (2605.28184).
+"""Worked sums by a model that also predicts the token after the next, with OCC (arXiv:2605.28184).
 
     python launch/train.py --config configs/rl_arithmetic_mtp.py --workdir runs/mtp
 
-SFT trains the head with the model. In RL the policy loss is taken of the head, too, with a coefficient estimated anew every
-update; on the first update of a rollout batch it is 0, hence four. The other regimes, to compare:
---config.rl.methods=grpo,mtp_detach (or mtp_ce, or mtp_policy with --config.rl.mtp_policy.coef=0.1). The log has the
-coefficient as mtp_occ/lambda1, and mtp/agrees1, how often the head drafts what the model would say.
+SFT trains the head with the model. In RL the policy loss is taken of the head, too, with a
+coefficient estimated anew every update (Optimal Coefficient Calibration); on the first update of a
+rollout batch it is 0, hence four. The other regimes, to compare:
+--config.rl.methods=grpo,mtp_detach (or mtp_ce, or mtp_policy with --config.rl.mtp_policy.coef=0.1).
+The log has the coefficient as mtp_occ/lambda1, and mtp/agrees1, how often the head drafts what the
+model would say.
 """
 
 from configs.rl_arithmetic_worked import get_config as worked

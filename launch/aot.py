@@ -3,9 +3,9 @@
     python launch/aot.py --machine v5e:2x4 --config configs/rl_gsm8k_qwen3.py \
         --config.model_from=Qwen3-1.7B
 
---machine is a TPU slice, as v5e:2x4, v5p:2x2x1 or v6e:2x4, or h200 for one of these. The config's mesh
-is of its devices. The compilers come as packages, the extra `aot`; nothing is executed, no parameters
-are read, and a program that does not fit ends with the compiler's own message.
+--machine is a TPU slice, as v5e:2x4, v5p:2x2x1 or v6e:2x4, or h200 for one of these. The config's
+mesh is of its devices. The compilers come as packages, the extra `aot`; nothing is executed, no
+parameters are read, and a program that does not fit ends with the compiler's own message.
 """
 
 import functools

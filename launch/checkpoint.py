@@ -256,9 +256,7 @@ def _check_folder(folder: Path, abstract_params: Tree) -> None:
 
 
 def as_saved(path: str | Path, abstract_params: Tree) -> Tree:
-  """abstract_params without adapters and without heads of multi-token prediction, where what the path
-  means is a model without any.
-  """
+  """abstract_params without what path's model lacks: adapters, heads of multi-token prediction."""
   if hf_files.is_folder(path):
     saved = {'mtp'} if hf_files.model_config(path).mtp.depth else set()
   else:

@@ -78,7 +78,8 @@ def find_saved(workdir: Path, config: Any, plan: list[tuple[str, int, int]],
                      f'this config would begin at {first}; phases that are done keep their steps')
   if step > last:
     raise ValueError(f'{workdir} has done {step - first} steps of phase {name}, more than '
-                     f'{name}.steps {last - first}' + (', up to upcycle.at_step' if parts[1:] else ''))
+                     f'{name}.steps {last - first}'
+                     + (', up to upcycle.at_step' if parts[1:] else ''))
   return saved
 
 

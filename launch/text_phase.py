@@ -105,8 +105,8 @@ def make_evaluate(
 
   eval/loss: nats per predicted token. eval/token_accuracy: share of them that were the likeliest
   token. eval/mtp1/loss: the same of the first head of multi-token prediction, over tokens it has
-  enough before; eval/mtp1/right and agrees: shares of them where its draft is the token, and is what
-  the model finds likeliest.
+  enough before; eval/mtp1/right and agrees: shares of them where its draft is the token, and is
+  what the model finds likeliest.
 
   Args:
     forward: launch.engine.make_forward's.

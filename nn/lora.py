@@ -4,8 +4,8 @@ Adapters are a part of the parameters like any other, `lora` at the top, nested 
 matrix 'blocks/0/mixer/q' there are 'lora/blocks/0/mixer/q/a' and 'lora/blocks/0/mixer/q/b'. So all
 that is derived from the table knows them, and a checkpoint without them is the model's.
 
-I inputs and O outputs of a matrix, of any number of axes, R rank. Leading axes are layers and experts,
-each of which has its own two.
+I inputs and O outputs of a matrix, of any number of axes, R rank. Leading axes are layers and
+experts, each of which has its own two.
 """
 
 import dataclasses
@@ -30,8 +30,8 @@ def specs(table: Tree, cfg: LoRA) -> Tree:
   Heads of multi-token prediction have adapters like any layer, for their projection, too; what they
   know they must have learnt before.
 
-  a is drawn as in PEFT (Kaiming's uniform law with slope sqrt(5)): evenly within 1 / sqrt(inputs). b is
-  0, so that training begins with the model as it was.
+  a is drawn as in PEFT (Kaiming's uniform law with slope sqrt(5)): evenly within 1 / sqrt(inputs).
+  b is 0, so that training begins with the model as it was.
 
   Raises:
     ValueError: a target that means no matrix of a layer, or one that is smaller than the rank.
@@ -67,10 +67,12 @@ def _pair(name: str, spec: Spec, rank: int) -> dict[str, Spec]:
   lead = tuple(axis for axis in spec.axes if axis in LEAD)
   outs = tuple(axis for axis in spec.axes if axis not in (*lead, *spec.contract))
   assert spec.axes == (*lead, *spec.contract, *outs), name
-  num_inputs, num_outputs = (math.prod(sizes[axis] for axis in axes) for axes in (spec.contract, outs))
+  num_inputs, num_outputs = (
+      math.prod(sizes[axis] for axis in axes) for axes in (spec.contract, outs))
   if rank > min(num_inputs, num_outputs):
-    raise ValueError(f'model.lora.rank is {rank}, more than {name} can have, a matrix of {num_inputs} x '
-                     f'{num_outputs}; lower it, or leave the matrix out of model.lora.targets')
+    raise ValueError(f'model.lora.rank is {rank}, more than {name} can have, a matrix of '
+                     f'{num_inputs} x {num_outputs}; lower it, or leave the matrix out of '
+                     'model.lora.targets')
   sizes['adapter'], bound = rank, num_inputs ** -0.5
 
   def uniform(key, shape):
@@ -124,6 +126,7 @@ def merging(
   def merged(name):
     if name not in names:
       return array(name)
-    return Adapted(array(name), array(f'lora/{name}/a'), array(f'lora/{name}/b'), cfg.scale).merged()
+    return Adapted(
+        array(name), array(f'lora/{name}/a'), array(f'lora/{name}/b'), cfg.scale).merged()
 
   return merged

@@ -80,11 +80,11 @@ def forward(
 
 
 def prepare(params: dict, cfg: ModelConfig) -> dict:
-  """Parameters for a loop over tokens: matrices merged with their adapters and in the compute dtype,
-  unrolled layers apart.
+  """Parameters for a loop over tokens.
 
-  `prefill` and `step` give the same with either form; without this, they merge, round and cut the
-  weights again for every token. Heads of multi-token prediction are left out.
+  Matrices are merged with their adapters and in the compute dtype, unrolled layers apart. `prefill`
+  and `step` give the same with either form; without this, they merge, round and cut the weights
+  again for every token. Heads of multi-token prediction are left out.
   """
   table = param.flat(specs(cfg))
   merged = {name: part for name, part in lora.merge(params, cfg.lora).items() if name != 'mtp'}

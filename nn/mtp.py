@@ -1,11 +1,13 @@
-"""Multi-token prediction (arXiv:2412.19437, eq. 21 to 25): heads that predict tokens further ahead, through the model's own.
+"""Multi-token prediction (arXiv:2412.19437, eq. 21 to 25): heads that predict tokens further ahead.
 
-Depth k joins what depth k - 1 knows of a position with the embedding of the next token and runs one more layer; depth 0 is the
-model. Embedding and output head are the model's. B rows, T positions, D model width, K depths.
+Depth k joins what depth k - 1 knows of a position with the embedding of the next token and runs one
+more layer; depth 0 is the model. Embedding and output head are the model's. B rows, T positions,
+D model width, K depths.
 
-As everywhere index t is about `tokens[:, t]`: at t depth k has read the tokens up to t, of which the model itself has read
-those up to t - k, and `nn/score.py` asks it about t + 1. A segment's first k positions have nothing that far back; there the
-layer sees padding, so documents that share a row know nothing of each other.
+As everywhere index t is about `tokens[:, t]`: at t depth k has read the tokens up to t, of which
+the model itself has read those up to t - k, and `nn/score.py` asks it about t + 1. A segment's
+first k positions have nothing that far back; there the layer sees padding, so documents that share
+a row know nothing of each other.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,7 +24,7 @@ KINDS = ('mtp', 'draft')               # of wants that ask these heads
 
 
 def specs(cfg: ModelConfig) -> dict:
-  """{'0': depth 1, ...}: a layer's table, two norms of what is joined, the projection, the norm in front of the head."""
+  """{'0': depth 1, ...}: a layer, two norms of what is joined, the projection, the last norm."""
   width = norm.specs(cfg, cfg.embed_dim, 'embed')
   sizes = {'ffw': 2 * cfg.embed_dim, 'embed': cfg.embed_dim}
   one = block.specs(cfg, cfg.mtp_layer) | {
@@ -42,19 +44,19 @@ def wanted(wants: tuple[Want, ...], cfg: ModelConfig) -> dict[tuple[str, ...], i
     if want.kind in KINDS:
       found[want.detach] = max(found.get(want.detach, 0), want.size)
   if found and max(found.values()) > cfg.mtp.depth:
-    raise ValueError(f'{max(found.values())} heads of multi-token prediction are asked for and the model has '
-                     f'{cfg.mtp.depth}; set model.mtp.depth')
+    raise ValueError(f'{max(found.values())} heads of multi-token prediction are asked for and the '
+                     f'model has {cfg.mtp.depth}; set model.mtp.depth')
   return found
 
 
 def apply(
-    params: Mapping[str, dict], cfg: ModelConfig, hidden: jax.Array, embeddings: jax.Array, segments: jax.Array,
-    layer: Callable, depth: int, detach: tuple[str, ...],
+    params: Mapping[str, dict], cfg: ModelConfig, hidden: jax.Array, embeddings: jax.Array,
+    segments: jax.Array, layer: Callable, depth: int, detach: tuple[str, ...],
 ) -> tuple[jax.Array, list[dict]]:
   """Hidden states of depths 1 to `depth`.
 
-  Each depth takes from the one before what is in front of that one's last norm or behind it, by cfg.mtp.hidden; that this
-  holds for later depths, too, is our reading.
+  Each depth takes from the one before what is in front of that one's last norm or behind it, by
+  cfg.mtp.hidden; that this holds for later depths, too, is our reading.
 
   Args:
     hidden: [B, T, D], of the model, as cfg.mtp.hidden wants it.
@@ -100,5 +102,5 @@ def previous(x: jax.Array) -> jax.Array:
 
 
 def flops(cfg: ModelConfig, length: int) -> int:
-  """Floating point operations of the forward pass of one depth, per token, without the output head."""
+  """Floating point operations of a depth's forward pass, per token, without the output head."""
   return block.flops(cfg, cfg.mtp_layer, length) + 2 * 2 * cfg.embed_dim ** 2

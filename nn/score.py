@@ -156,7 +156,7 @@ def _fixed(logits: jax.Array, chunk: dict, want: Want) -> tuple[jax.Array, jax.A
 
 
 def _pull(logits: jax.Array, chunk: dict, want: Want) -> jax.Array:
-  """|onehot(token) - softmax|^2 |hidden|^2 / temperature^2: [B, C]. Of the distribution over all ids."""
+  """|onehot(token) - softmax|^2 |hidden|^2 / temperature^2, softmax over all ids: [B, C]."""
   del want
   chance = jax.nn.softmax(logits, axis=-1)
   taken = _take(chance, chunk['tokens'][..., None])[..., 0]

@@ -58,8 +58,10 @@ def mtp(depth: int, detach: tuple[str, ...] = ()) -> Want:
 
 
 def draft(depth: int, detach: tuple[str, ...] = ()) -> Want:
-  """What this head would draft, its likeliest id: three arrays [B, T] float32 of 0 and 1, whether it
-  has anything to predict from, and whether then that id is the token, and is the likeliest of LOGP.
+  """What this head would draft, its likeliest id: three arrays [B, T] float32 of 0 and 1.
+
+  They are whether it has anything to predict from, and whether then that id is the token, and is
+  the likeliest of LOGP.
   """
   return dataclasses.replace(mtp(depth, detach), kind='draft')
 

@@ -1,4 +1,4 @@
-"""Machines that are not here, to compile for; a test that wants one is skipped without the extra `aot`."""
+"""Machines that are not here, to compile for; a test of one is skipped without the extra `aot`."""
 
 import pytest
 

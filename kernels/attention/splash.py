@@ -2,9 +2,9 @@
 
 B rows, T positions, H query heads, G key/value heads, K head size, V size of a value (often K).
 
-The kernel skips blocks of keys that lie ahead or before the window, reads each key head once for the queries that share
-it, and recomputes the weights backward. It wants whole blocks of positions: rows are padded with
-segment 0.
+The kernel skips blocks of keys that lie ahead or before the window, reads each key head once for
+the queries that share it, and recomputes the weights backward. It wants whole blocks of positions:
+rows are padded with segment 0.
 """
 
 import jax

@@ -31,13 +31,14 @@ import numpy as np
 from kernels.fg2_gdn import chunked, pallas_gpu, pallas_tpu, reference, time_parallel
 
 IMPLEMENTATIONS = ('reference', 'chunked', 'pallas_tpu', 'pallas_gpu')
-PLATFORM = {'pallas_tpu': 'tpu', 'pallas_gpu': 'gpu'}  # where an implementation runs; the others run everywhere
+PLATFORM = {'pallas_tpu': 'tpu', 'pallas_gpu': 'gpu'}  # where one runs; the others run everywhere
 AUTO = {'cpu': 'chunked', 'gpu': 'chunked', 'tpu': 'pallas_tpu'}  # platform -> implementation
 # Tokens of a chunk by platform. CPU: the fastest of 8 to 64 at K = V = 32, 64 and 128. TPU: by
 # static bundles per token, benchmarks/fg2_gdn_tpu.py.
 CHUNK = {'cpu': 16, 'gpu': 64, 'tpu': 64}
 HEADS = 4  # value heads of a grid step of pallas_tpu, likewise
-# Numbers in one of chunked's temporaries. On CPU one fits the L2 cache; elsewhere larger ones cost memory only.
+# Numbers in one of chunked's temporaries. On CPU one fits the L2 cache; elsewhere larger ones cost
+# memory only.
 BLOCK = {'cpu': 2**16, 'gpu': 2**22, 'tpu': 2**22}
 # Tokens at least between two of the states that chunked keeps for its backward pass.
 BORDER = 64

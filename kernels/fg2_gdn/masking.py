@@ -1,4 +1,7 @@
-"""Padding and new segments as inputs that the kernels need not know of. The letters of reference.py."""
+"""Padding and new segments as inputs that the kernels need not know of.
+
+The letters of reference.py.
+"""
 
 import jax.numpy as jnp
 
@@ -6,7 +9,7 @@ FORGET = -1e4  # exp of any sum of log-decays with this one in it is 0
 
 
 def mask(q, k, v, g, valid, fresh):
-  """q, k, v, g with which a token that is not valid does nothing, and a fresh one forgets the state.
+  """q, k, v, g with which a token that is not valid does nothing and a fresh one forgets the state.
 
   valid and fresh [B, T] may be None: then there is nothing to mask.
   """

@@ -598,7 +598,7 @@ def _decays(setup, mask, log_decay, tile=slice(0, TILE)):
 
 
 def _dot(setup, *pairs):
-  """Sum of products x y [rows, columns] float32; y lies in shared memory, x there or in registers."""
+  """Sum of products x y [rows, columns] float32; y in shared memory, x there or in registers."""
   if setup.interpret:
     product = functools.partial(jnp.matmul, preferred_element_type=jnp.float32, precision='highest')
     return sum(product(x[...], y[...]) for x, y in pairs)

@@ -41,7 +41,8 @@ class Keys:
     """The value of a key, one of those that are known."""
     value = self(name)
     if value not in known:
-      raise ValueError(f'config.json: {name} is {value!r}; known is {" or ".join(map(repr, known))}')
+      raise ValueError(
+          f'config.json: {name} is {value!r}; known is {" or ".join(map(repr, known))}')
     return value
 
   def finish(self) -> None:

@@ -119,7 +119,8 @@ def layer_types(
   if unknown := set(types) - set(mixers):
     raise ValueError(f'config.json: layer_types has {sorted(unknown)}; known are {sorted(mixers)}')
   if len(types) != keys('num_hidden_layers'):
-    raise ValueError(f'config.json: {len(types)} layer_types for {keys("num_hidden_layers")} layers')
+    raise ValueError(
+        f'config.json: {len(types)} layer_types for {keys("num_hidden_layers")} layers')
   return [mixers[t] for t in types]
 
 
@@ -131,7 +132,8 @@ def write_types(cfg: ModelConfig, mixers: Mapping[str, str] = MIXERS) -> list[st
 def read_llama(keys: Keys) -> dict[str, Any]:
   keys.expect('hidden_act', 'silu')
   count = keys('num_hidden_layers')
-  fields = keys_lib.read_sizes(keys) | keys_lib.read_rope(keys) | {'attention_bias': read_bias(keys)}
+  fields = keys_lib.read_sizes(keys) | keys_lib.read_rope(keys) | {
+      'attention_bias': read_bias(keys)}
   return with_layers(fields, ['attention'] * count, ['mlp'] * count)
 
 
@@ -242,8 +244,8 @@ def read_gemma3(keys: Keys) -> dict[str, Any]:
   local = {'rope_theta': keys('rope_local_base_freq')} | (ropes.get('sliding_attention') or {})
   local = keys_lib.rope_fields(local, 0, False)
   if local['rope']:
-    raise ValueError(f'config.json: rope_type {local["rope"]["kind"]!r} in layers with a window has '
-                     'no form here')
+    raise ValueError(f'config.json: rope_type {local["rope"]["kind"]!r} in layers with a window '
+                     'has no form here')
   fields = keys_lib.read_sizes(keys) | keys_lib.read_rope(keys, kind='full_attention') | {
       'attention_bias': read_bias(keys), 'qk_norm': True, 'unit_offset': True, 'post_norms': True,
       'activation': 'gelu_tanh', 'scale_embed': True,
@@ -256,13 +258,15 @@ def read_gemma3(keys: Keys) -> dict[str, Any]:
 def write_gemma3(cfg: ModelConfig) -> dict[str, Any]:
   return keys_lib.write_sizes(cfg) | write_bias(cfg) | {
       'hidden_activation': 'gelu_pytorch_tanh', 'layer_types': write_types(cfg),
-      'sliding_window': cfg.window or None, 'query_pre_attn_scalar': cfg.query_scalar or cfg.head_dim,
+      'sliding_window': cfg.window or None,
+      'query_pre_attn_scalar': cfg.query_scalar or cfg.head_dim,
       'rope_parameters': {
           'full_attention': keys_lib.write_rope(cfg),
           'sliding_attention': {'rope_type': 'default', 'rope_theta': cfg.local_theta}}}
 
 
-def family(model_type: str, architecture: str, entries, read, write, fused=(), **defaults) -> Family:
+def family(
+    model_type: str, architecture: str, entries, read, write, fused=(), **defaults) -> Family:
   common: Mapping[str, Any] = {'tie_word_embeddings': False, 'rope_theta': 10_000.0}
   return Family(model_type=model_type, architecture=architecture, entries=entries, sizes=sizes,
                 read=read, write=write, fused=fused, defaults={**common, **defaults})

@@ -1,7 +1,7 @@
 """Adapters as the `peft` package reads them: names, layouts and adapter_config.json.
 
-A public tensor may hold several of our matrices: gate and up of experts, queries and their gates. Their
-adapters are then one of a greater rank, in which each has its own rows and zeros elsewhere.
+A public tensor may hold several of our matrices: gate and up of experts, queries and their gates.
+Their adapters are then one of a greater rank, in which each has its own rows and zeros elsewhere.
 
 E experts, I inputs and O outputs of our matrix, R rank.
 """
@@ -63,7 +63,8 @@ def _holding(paths: set[str], cfg: ModelConfig, family: Family) -> dict[str, lis
   specs = param.flat(model.specs(cfg))
   every = [p for some in (family.entries, family.fused)
            for p in table._pieces(some, family, cfg, specs)
-           if p.path in paths and len(p.layout.theirs) == (3 if 'expert' in specs[p.path].axes else 2)]
+           if p.path in paths
+           and len(p.layout.theirs) == (3 if 'expert' in specs[p.path].axes else 2)]
   if lacking := sorted(paths - {p.path for p in every}):
     raise ValueError(
         f'peft has no name for adapters of {", ".join(lacking)} in models of type '
@@ -75,9 +76,9 @@ def _holding(paths: set[str], cfg: ModelConfig, family: Family) -> dict[str, lis
 
 
 def _places(names: list[str], family: Family) -> dict[str, tuple[str, str, str]]:
-  """{tensor: (key of the config it is a target in, target, module that the adapter is named after)}.
+  """{tensor: (key of the config it is a target in, target, module the adapter is named after)}.
 
-  In peft a parameter's adapter wraps the module it belongs to; another one of it wraps that wrapper.
+  In peft a parameter's adapter wraps the module it belongs to; another one of it wraps the wrapper.
   """
   places = {}
   for i, name in enumerate(names):

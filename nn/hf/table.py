@@ -167,7 +167,8 @@ def plan(
              for name, shape in wanted.items() if name in shapes and tuple(shapes[name]) != shape]
   faults += [f'{name} has no place in the model' for name in sorted(extra)]
   if faults:
-    raise ValueError(f'the tensors do not make a model of type {family.model_type}: {_some(faults)}')
+    raise ValueError(
+        f'the tensors do not make a model of type {family.model_type}: {_some(faults)}')
   result = {}
   for p in dict.fromkeys(chosen):
     result.setdefault(p.path, []).append(p)

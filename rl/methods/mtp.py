@@ -1,9 +1,9 @@
 """Heads of multi-token prediction in RL: four regimes (arXiv:2605.28184). n rows, T positions.
 
-They differ in what reaches the model that the heads share. Where there are several heads a regime's loss is their mean, and
-each head has a coefficient of its own in OCC: our reading, the papers have one head. Where a segment has not enough tokens
-before a token for a head to predict it, its loss is 0; the denominator stays that of all trained tokens, as in
-arXiv:2412.19437, eq. 24.
+They differ in what reaches the model that the heads share. Where there are several heads a regime's
+loss is their mean, and each head has a coefficient of its own in OCC: our reading, the papers have
+one head. Where a segment has not enough tokens before a token for a head to predict it, its loss is
+0; the denominator stays that of all trained tokens, as in arXiv:2412.19437, eq. 24.
 """
 
 import dataclasses
@@ -34,46 +34,53 @@ def mtp_ce(mtp_depth: int, coef: float | Callable = 0.1, detach: tuple[str, ...]
 
 
 def mtp_policy(
-    mtp_depth: int, max_tokens: int = 0, coef: float = 1.0, old: str = 'main', ratio: str = 'token', clip_low: float = 0.2,
-    clip_high: float = 0.2, dual_clip: float = 0.0, aggregate: str = 'sequence_mean') -> Method:
-  """The policy term with the heads' log-probabilities in place of the model's, times a fixed coefficient.
+    mtp_depth: int, max_tokens: int = 0, coef: float = 1.0, old: str = 'main',
+    ratio: str = 'token', clip_low: float = 0.2, clip_high: float = 0.2, dual_clip: float = 0.0,
+    aggregate: str = 'sequence_mean') -> Method:
+  """The policy term with the heads' log-probabilities for the model's, times a fixed coefficient.
 
   Args:
-    old: whose log-probabilities ratios start from: main, the model's in collect; own, the head's there, which is a pass; or
-      sampler, the model's as recorded.
-    ratio, clip_low, clip_high, dual_clip, aggregate: of `pieces.policy`; to be those of the policy term beside it.
+    old: whose log-probabilities ratios start from: main, the model's in collect; own, the head's
+      there, which is a pass; or sampler, the model's as recorded.
+    ratio, clip_low, clip_high, dual_clip, aggregate: of `pieces.policy`; to be those of the policy
+      term beside it.
   """
-  loss = pieces.policy(ratio, clip_low, clip_high, dual_clip, aggregate, max_tokens=max_tokens).terms[0]
+  loss = pieces.policy(
+      ratio, clip_low, clip_high, dual_clip, aggregate, max_tokens=max_tokens).terms[0]
   heads, _, olds = wanted(mtp_depth, old)
 
   def value(view):
     return mean(policy_values(view, loss, heads, olds)), {}
 
   needs = (LOGP, *heads, *map(drafts, heads), *dict.fromkeys(olds))
-  return Method(terms=(dataclasses.replace(loss, name='mtp_policy', value=value, needs=needs, coef=coef),))
+  return Method(terms=(
+      dataclasses.replace(loss, name='mtp_policy', value=value, needs=needs, coef=coef),))
 
 
 def mtp_occ(
-    mtp_depth: int, max_tokens: int = 0, plus: float = 1.0, eps: float = 1e-8, clip: float = 0.0, average: str = 'sums',
-    old: str = 'main', ratio: str = 'token', clip_low: float = 0.2, clip_high: float = 0.2, dual_clip: float = 0.0,
+    mtp_depth: int, max_tokens: int = 0, plus: float = 1.0, eps: float = 1e-8, clip: float = 0.0,
+    average: str = 'sums', old: str = 'main', ratio: str = 'token', clip_low: float = 0.2,
+    clip_high: float = 0.2, dual_clip: float = 0.0,
     aggregate: str = 'sequence_mean') -> Method:
-  """Optimal Coefficient Calibration: `mtp_policy` with the coefficient under which it helps most, estimated anew every step.
+  """Optimal Coefficient Calibration: `mtp_policy` with the coefficient under which it helps most.
 
-  lambda = plus * c / (v2 + eps), c = <d, e> and v2 = |e|^2 over the trained tokens of the optimiser step, d what the
-  log-probabilities of the model have moved by since `old`, e those of the head. It may be negative, is 0 on an exactly
-  on-policy step, and carries no gradient. The sums are of all rows, and `old` is the model's, as released: our reading.
+  It is estimated anew every step: lambda = plus * c / (v2 + eps), c = <d, e> and v2 = |e|^2 over
+  the trained tokens of the optimiser step, d what the log-probabilities of the model have moved by
+  since `old`, e those of the head. It may be negative, is 0 on an exactly on-policy step, and
+  carries no gradient. The sums are of all rows, and `old` is the model's, as released: our reading.
 
   Args:
     plus, eps: as above.
     clip: lambda is kept within plus and minus this; 0: as it is.
-    average: sums, as above; or ratios, the released code's: the mean of d e / (e^2 + eps) over all max_tokens of every row,
-      of which those without a token count 0.
+    average: sums, as above; or ratios, the released code's: the mean of d e / (e^2 + eps) over all
+      max_tokens of every row, of which those without a token count 0.
     old and the others: as in `mtp_policy`.
   """
   choose(AVERAGES, average, 'average')
   if eps <= 0 or clip < 0:
     raise ValueError(f'eps is {eps} and clip is {clip}, wanted above 0 and at least 0')
-  loss = pieces.policy(ratio, clip_low, clip_high, dual_clip, aggregate, max_tokens=max_tokens).terms[0]
+  loss = pieces.policy(
+      ratio, clip_low, clip_high, dual_clip, aggregate, max_tokens=max_tokens).terms[0]
   heads, main, olds = wanted(mtp_depth, old)
 
   def sums(view):
@@ -82,7 +89,8 @@ def mtp_occ(
     for head, before in zip(heads, olds):
       mask = view.mask * view.given[drafts(head)][0]
       ahead = view.given[head] - view.given[before]
-      out |= {f'c{head.size}': jnp.sum(mask * moved * ahead), f'v2{head.size}': jnp.sum(mask * ahead * ahead),
+      out |= {f'c{head.size}': jnp.sum(mask * moved * ahead),
+              f'v2{head.size}': jnp.sum(mask * ahead * ahead),
               f'ratios{head.size}': jnp.sum(mask * moved * ahead / (ahead * ahead + eps))}
     return out
 
@@ -98,16 +106,18 @@ def mtp_occ(
     return mean(values), metrics
 
   needs = (LOGP, main, *heads, *map(drafts, heads), *(o for o in dict.fromkeys(olds) if o != main))
-  return Method(terms=(dataclasses.replace(loss, name='mtp_occ', value=value, needs=needs, sums=sums),))
+  return Method(terms=(
+      dataclasses.replace(loss, name='mtp_occ', value=value, needs=needs, sums=sums),))
 
 
 def measured(method: Method) -> Method:
   """The method with a term mtp beside those that train heads, which tells of them and adds nothing.
 
-  Over the trained tokens: mtp, the mean of the heads' losses in nats; mtp/loss1 that of the first; mtp/right1 and mtp/agrees1
-  how often its draft is the token, and is what the model finds likeliest.
+  Over the trained tokens: mtp, the mean of the heads' losses in nats; mtp/loss1 that of the first;
+  mtp/right1 and mtp/agrees1 how often its draft is the token, and is the model's likeliest.
   """
-  heads = {n.size: n for t in method.terms for n in t.needs if isinstance(n, Want) and n.kind == 'mtp'}
+  heads = {n.size: n for t in method.terms for n in t.needs
+           if isinstance(n, Want) and n.kind == 'mtp'}
   if not heads:
     return method
 

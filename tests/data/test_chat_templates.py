@@ -73,7 +73,8 @@ BLOCKS = """\
 CHATML_TOKENS = ('<|endoftext|>', '<|im_start|>', '<|im_end|>')
 FAMILIES = {
     'qwen': (QWEN, CHATML_TOKENS, {'eos_token': '<|im_end|>'}, None),
-    'llama': (LLAMA, ('<|begin_of_text|>', '<|start_header_id|>', '<|end_header_id|>', '<|eot_id|>'),
+    'llama': (LLAMA,
+              ('<|begin_of_text|>', '<|start_header_id|>', '<|end_header_id|>', '<|eot_id|>'),
               {'eos_token': '<|eot_id|>', 'bos_token': '<|begin_of_text|>'}, None),
     'gemma': (GEMMA, ('<pad>', '<eos>', '<bos>', '<start_of_turn>', '<end_of_turn>'),
               {'eos_token': '<eos>', 'bos_token': '<bos>'}, [1, 4]),
@@ -217,7 +218,8 @@ def test_ids_of_a_row_that_are_none_are_refused(made, ids, said):
 
 
 @pytest.mark.parametrize('content, said', [
-    ('{', 'generation_config.json is not JSON'), ('{"eos_token_id": [400]}', r'eos_token_id \[400\]'),
+    ('{', 'generation_config.json is not JSON'),
+    ('{"eos_token_id": [400]}', r'eos_token_id \[400\]'),
     ('{"eos_token_id": ["a"]}', r"eos_token_id \['a'\]")])
 def test_a_wrong_generation_config_is_named(tmp_path, content, said):
   folder = byte_level(tmp_path / 'a')

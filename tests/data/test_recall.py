@@ -1,4 +1,4 @@
-"""Associative recall: what a row says, that every answer can be known, and that sides do not share rows."""
+"""Associative recall: what a row says, that all answers can be known, that sides share no rows."""
 
 import collections
 
@@ -21,14 +21,17 @@ def test_every_key_is_asked_once_and_answered_with_its_value():
 
 
 def test_queries_come_in_an_order_of_their_own():
-  orders = [Recall(6, **OPTIONS).example(i, 0)['tokens'].reshape(2, 6, 2)[:, :, 0] for i in range(5)]
+  orders = [Recall(6, **OPTIONS).example(i, 0)['tokens'].reshape(2, 6, 2)[:, :, 0]
+            for i in range(5)]
   assert any((shown != asked).any() for shown, asked in orders)
 
 
 def test_a_row_is_a_function_of_seed_side_index_and_epoch():
-  make = lambda index=0, epoch=0, **changes: Recall(6, **OPTIONS | changes).example(index, epoch)['tokens'].tolist()
+  make = lambda index=0, epoch=0, **changes: (
+      Recall(6, **OPTIONS | changes).example(index, epoch)['tokens'].tolist())
   assert make() == make()
-  assert len({str(x) for x in (make(), make(index=1), make(epoch=1), make(seed=1), make(side='heldout'))}) == 5
+  assert len({str(x) for x in (
+      make(), make(index=1), make(epoch=1), make(seed=1), make(side='heldout'))}) == 5
 
 
 def test_in_order_are_the_rows_of_the_first_epoch():

@@ -47,8 +47,10 @@ def test_a_failed_run_is_named_and_run_again(options):
 
 
 def test_what_begins_a_workdir_runs_before_and_once(options):
-  begin = 'import pathlib, sys; p = pathlib.Path(sys.argv[1]); p.mkdir(); (p / "n").write_text(sys.argv[2])'
-  arm = common.Arm('a', 'c.py', start=lambda folder, seed: ['-c', begin, folder / 'checkpoints', seed])
+  begin = ('import pathlib, sys; p = pathlib.Path(sys.argv[1]); p.mkdir(); '
+           '(p / "n").write_text(sys.argv[2])')
+  arm = common.Arm(
+      'a', 'c.py', start=lambda folder, seed: ['-c', begin, folder / 'checkpoints', seed])
   common.run_all([arm], options)
   for seed in options.seeds:
     folder = common.folder(options.workdir, arm, seed)

@@ -1,4 +1,4 @@
-"""The Hopper kernels: interpreted against the definition, and compiled for an H200 that is not here."""
+"""The Hopper kernels: interpreted against the definition, and compiled for an absent H200."""
 
 import json
 import os

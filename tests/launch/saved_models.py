@@ -37,7 +37,7 @@ def write(workdir, c, steps, num_ids=BYTES.vocab_size):
 
 
 def parrot(c, follows):
-  """Parameters of a model that sees one character: {character: the one it says next, '' for end}."""
+  """Parameters of a model that sees one character: {character: the next it says, '' for end}."""
   cfg = config.model_config(c.model, BYTES.vocab_size)
   params = model.init(jax.random.key(0), cfg)
   said = np.zeros((cfg.vocab_size, cfg.embed_dim), np.float32)
@@ -50,7 +50,7 @@ def parrot(c, follows):
 
 
 def logp_by_hand(params, cfg, ids):
-  """[length - 1]: of every token but the first, by a softmax over a forward pass without padding."""
+  """[length - 1]: of all tokens but the first, by a softmax over a forward pass without padding."""
   tokens = jnp.asarray([ids])
   positions = jnp.arange(len(ids))[None]
   with jax.default_matmul_precision('float32'):

@@ -1,4 +1,4 @@
-"""A run with adapters: on a checkpoint without them, through two phases, interrupted, with a reference."""
+"""A run with adapters: on a checkpoint without, in two phases, interrupted, with a reference."""
 
 import json
 import re

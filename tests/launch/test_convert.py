@@ -28,7 +28,7 @@ WORDS = {'version': '1.0', 'added_tokens': [], 'model': {
 
 
 def write_public(folder, kinds=None):
-  """A small model of random bfloat16 numbers, its norms float32, in two shards; returns its tensors."""
+  """A small model of random bfloat16, its norms float32, in two shards; returns its tensors."""
   cfg, rng = hf.model_config(CONFIG), np.random.default_rng(0)
   specs = param.flat(model.specs(cfg))
   names = {p.tensor for p in hf.pieces(hf.FAMILIES['qwen3_moe'], cfg)}
@@ -120,7 +120,8 @@ def rewrite(change):
     header, data = {}, b''
     for name, a in arrays.items():
       kind = {np.dtype(np.float32): 'F32', np.dtype(ml_dtypes.bfloat16): 'BF16'}.get(a.dtype, 'I8')
-      header[name] = {'dtype': kind, 'shape': a.shape, 'data_offsets': [len(data), len(data) + a.nbytes]}
+      header[name] = {
+          'dtype': kind, 'shape': a.shape, 'data_offsets': [len(data), len(data) + a.nbytes]}
       data += a.tobytes()
     text = json.dumps(header).encode()
     (folder / 'model.safetensors').write_bytes(len(text).to_bytes(8, 'little') + text + data)
@@ -149,7 +150,8 @@ GATE = 'model.layers.1.mlp.gate.weight'
     (lambda folder: sorted(folder.glob('*.safetensors'))[0].write_bytes(b'\x00' * 40),
      'is no safetensors file'),
 ])
-def test_a_damaged_folder_is_named_and_nothing_is_left(tmp_path, monkeypatch, capsys, damage, fault):
+def test_a_damaged_folder_is_named_and_nothing_is_left(
+    tmp_path, monkeypatch, capsys, damage, fault):
   write_public(tmp_path / 'public')
   damage(tmp_path / 'public')
   code, error = status(
@@ -231,8 +233,8 @@ def test_a_run_starts_from_a_folder_and_ends_in_one(tmp_path, monkeypatch, capsy
   monkeypatch.undo()
 
   options = dict(config=config)
-  assert train_runs.run(tmp_path / 'run', *start, f'export={out}', 'sft.optimizer.learning_rate=0.01',
-                        **options) == 0
+  assert train_runs.run(tmp_path / 'run', *start, f'export={out}',
+                        'sft.optimizer.learning_rate=0.01', **options) == 0
   after = bits(out)
   assert {n: t[:2] for n, t in after.items()} == {n: t[:2] for n, t in before.items()}
   assert after[GATE] != before[GATE]
@@ -244,7 +246,8 @@ def test_a_run_starts_from_a_folder_and_ends_in_one(tmp_path, monkeypatch, capsy
   assert (saved['embed_dim'], saved['moe']['experts'], saved['max_length']) == (16, 4, 32)
 
 
-def test_a_folder_of_another_model_is_refused_by_the_keys_that_differ(tmp_path, monkeypatch, capsys):
+def test_a_folder_of_another_model_is_refused_by_the_keys_that_differ(
+    tmp_path, monkeypatch, capsys):
   write_public(tmp_path / 'public')
   line = train_runs.refused(
       monkeypatch, capsys, tmp_path / 'run', *TINY, f'init={tmp_path / "public"}')
@@ -252,7 +255,8 @@ def test_a_folder_of_another_model_is_refused_by_the_keys_that_differ(tmp_path, 
 
 
 def test_a_model_of_ours_is_exported_in_the_family_that_fits(tmp_path):
-  cfg = ModelConfig(vocab_size=259, embed_dim=8, num_heads=2, num_kv_heads=1, head_dim=4, ffw_dim=12)
+  cfg = ModelConfig(
+      vocab_size=259, embed_dim=8, num_heads=2, num_kv_heads=1, head_dim=4, ffw_dim=12)
   rng, specs = np.random.default_rng(0), model.specs(cfg)
   params = {path: rng.standard_normal(s.shape).astype(np.float32)
             for path, s in param.flat(specs).items()}

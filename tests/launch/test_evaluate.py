@@ -37,7 +37,8 @@ def evaluated(tmp_path):
     arguments = []
     for name, rows in tasks.items():
       path = tmp_path / f'{name}_rows.jsonl'
-      path.write_text(rows if isinstance(rows, str) else ''.join(json.dumps(r) + '\n' for r in rows))
+      path.write_text(
+          rows if isinstance(rows, str) else ''.join(json.dumps(r) + '\n' for r in rows))
       arguments += ['--task', name, '--files', str(path)]
     out = tmp_path / 'out'
     assert evaluate.main(['--model', model, *arguments, '--output', str(out),
@@ -63,7 +64,8 @@ def test_known_answers_give_known_accuracies(parrots, evaluated, capsys):
       ('42', 1), ('7', 1), ('42', 0), ('', 0)]
   assert [x['output'] for x in lines['exact']] == ['7', 'dddd']
   assert lines['gsm8k'][1]['row'].endswith('gsm8k_rows.jsonl:2')
-  assert (found['step'], found['options']['model'], found['options']['max_tokens']) == (1, parrots, 4)
+  assert (found['step'], found['options']['model'], found['options']['max_tokens']) == (
+      1, parrots, 4)
   out, err = capsys.readouterr()
   assert 'gsm8k: accuracy 0.5, rows 4, too_long 1' in out
   assert '1 of 2 responses were cut off after 4 tokens' in err and 'answer  3/3 prompts' in err
@@ -127,8 +129,8 @@ def test_plain_text_files_may_be_read_for_perplexity(run, evaluated, tmp_path):
 
 
 def test_chat_asks_by_the_template(parrots, evaluated):
-  _, lines = evaluated(parrots, {'exact': [{'prompt': 'a', 'answer': 'b'}]}, '--chat', '--system', 'S',
-                       '--max_tokens', 2)
+  _, lines = evaluated(parrots, {'exact': [{'prompt': 'a', 'answer': 'b'}]},
+                       '--chat', '--system', 'S', '--max_tokens', 2)
   assert lines['exact'][0]['prompt'] == 'system: S\nuser: a\nassistant: '
 
 
@@ -144,7 +146,8 @@ def test_chat_asks_by_the_template(parrots, evaluated):
     (('--task', 'exact', '--limit', -1), 'limit -1'),
     (('--task', 'exact', '--system', 'S'), 'needs --chat'),
     (('--task', 'exact'), 'rows.jsonl:2: field .prompt. is missing'),
-    (('--task', 'exact', '--limit', 1, '--max_tokens', 96), 'max_tokens is 96, but the model reads'),
+    (('--task', 'exact', '--limit', 1, '--max_tokens', 96),
+     'max_tokens is 96, but the model reads'),
 ])
 def test_what_is_refused(run, tmp_path, options, said):
   (tmp_path / 'rows.jsonl').write_text('{"prompt": "a", "answer": "b"}\n{"answer": "b"}\n')

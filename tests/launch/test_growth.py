@@ -1,4 +1,4 @@
-"""A run whose experts are multiplied on the way: one run, that goes on bit for bit from anywhere."""
+"""A run whose experts are multiplied on the way: one run, that resumes anywhere, bit for bit."""
 
 import json
 import re

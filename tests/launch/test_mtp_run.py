@@ -1,4 +1,7 @@
-"""A run whose model predicts several tokens: SFT with a schedule, then RL by OCC; and from a model that had no heads."""
+"""A run whose model predicts several tokens.
+
+SFT with a schedule, then RL by OCC; and from a model that had no heads.
+"""
 
 import types
 
@@ -12,8 +15,9 @@ from nn import param
 
 pytestmark = pytest.mark.usefixtures('cheap_compilation')
 
-HEADS = ('model.mtp.depth=1', 'sft.steps=3', 'sft.mtp.coef=0.3', 'sft.mtp.switch=2', 'sft.mtp.later=0.1',
-         'rl.steps=2', 'rl.parts=2', 'rl.methods=grpo,mtp_occ', 'eval.every=10')
+HEADS = ('model.mtp.depth=1', 'sft.steps=3', 'sft.mtp.coef=0.3', 'sft.mtp.switch=2',
+         'sft.mtp.later=0.1', 'rl.steps=2', 'rl.parts=2', 'rl.methods=grpo,mtp_occ',
+         'eval.every=10')
 
 
 @pytest.fixture(scope='module')
@@ -28,9 +32,11 @@ def test_losses_and_coefficients_are_told(run):
   for step, coef in ((1, 0.3), (2, 0.3), (3, 0.1)):
     told = steps['sft', step]
     assert told['loss'] == pytest.approx(told['nll'] + coef * told['mtp_ce'], rel=1e-5)
-    assert told['mtp/loss1'] == pytest.approx(told['mtp_ce'], rel=1e-6) and 0 <= told['mtp/agrees1'] <= 1
+    assert (told['mtp/loss1'] == pytest.approx(told['mtp_ce'], rel=1e-6)
+            and 0 <= told['mtp/agrees1'] <= 1)
   rl = steps['rl', 4]
-  assert {'mtp_occ/lambda1', 'mtp_occ/c1', 'mtp_occ/v21', 'mtp_occ/active1', 'mtp/right1'} <= rl.keys()
+  assert {'mtp_occ/lambda1', 'mtp_occ/c1', 'mtp_occ/v21', 'mtp_occ/active1',
+          'mtp/right1'} <= rl.keys()
   assert rl['mtp_occ/v21'] > 0
 
 
@@ -47,7 +53,8 @@ def test_heads_begin_fresh_on_a_model_without(tmp_path):
   whole = jax.tree.map(lambda s: np.ones(s.shape, s.dtype), abstract)
   checkpoint.save_params(tmp_path / 'with', whole, {})
   checkpoint.save_params(tmp_path / 'without', {'embed': whole['embed']}, {})
-  assert param.flat(checkpoint.as_saved(tmp_path / 'with', abstract)).keys() == {'embed/table', 'mtp/0/project'}
+  assert param.flat(checkpoint.as_saved(tmp_path / 'with', abstract)).keys() == {
+      'embed/table', 'mtp/0/project'}
   assert param.flat(checkpoint.as_saved(tmp_path / 'without', abstract)).keys() == {'embed/table'}
 
 
@@ -65,7 +72,9 @@ def test_settings_are_checked(changes, depth, message):
 
 
 def test_settings_without_heads_stop_the_run(monkeypatch, capsys, tmp_path):
-  assert train_runs.refused(monkeypatch, capsys, tmp_path / 'a', 'sft.mtp.coef=0.3').startswith('sft.mtp: the model has no')
+  assert train_runs.refused(
+      monkeypatch, capsys, tmp_path / 'a', 'sft.mtp.coef=0.3').startswith(
+          'sft.mtp: the model has no')
   assert 'sft.mtp.switch' in train_runs.refused(
       monkeypatch, capsys, tmp_path / 'b', 'model.mtp.depth=1', 'sft.mtp.switch=3')
   assert 'mtp_occ: the model has no heads' in train_runs.refused(

@@ -1,4 +1,7 @@
-"""Routes from the sampler to the train step: what is recorded, what replay gives, and how often routers differ."""
+"""Routes from the sampler to the train step.
+
+What is recorded, what replay gives, and how often routers differ.
+"""
 
 import dataclasses
 import functools
@@ -176,7 +179,8 @@ def test_mismatch_is_the_share_of_trained_tokens_and_layers_whose_experts_differ
 
 def assert_close(actual, expected):
   """Every leaf to rounding of its largest entry."""
-  for (path, e), a in zip(jax.tree.leaves_with_path(expected), jax.tree.leaves(actual), strict=True):
+  for (path, e), a in zip(
+      jax.tree.leaves_with_path(expected), jax.tree.leaves(actual), strict=True):
     atol = 2e-5 * np.abs(e).max() + 1e-7
     np.testing.assert_allclose(a, e, rtol=0, atol=atol, err_msg=str(path))
 

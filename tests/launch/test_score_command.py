@@ -73,9 +73,11 @@ def test_of_a_conversation_the_assistants_tokens_are_scored(run, scored):
   said = [*BYTES.encode('cd'), BYTES.eos_id]
   assert row['tokens'] == first + said + second + [200, 7, BYTES.eos_id] + BYTES.encode('\n')
   by_hand = [None, *logp_by_hand(params, cfg, row['tokens'])]
-  inside = [*range(len(first), len(first) + 3), *range(len(row['tokens']) - 4, len(row['tokens']) - 1)]
+  inside = [*range(len(first), len(first) + 3),
+            *range(len(row['tokens']) - 4, len(row['tokens']) - 1)]
   assert [i for i, x in enumerate(row['logp']) if x is not None] == inside
-  np.testing.assert_allclose([row['logp'][i] for i in inside], [by_hand[i] for i in inside], atol=2e-5)
+  np.testing.assert_allclose(
+      [row['logp'][i] for i in inside], [by_hand[i] for i in inside], atol=2e-5)
 
 
 def test_other_rows_of_a_batch_and_padding_change_nothing(scored):
@@ -133,7 +135,8 @@ def test_texts_of_any_length_compile_few_programs():
 
 @pytest.mark.parametrize('row, said', [
     ('{"text": "a', 'in.jsonl:3: not JSON'),
-    ({'txt': 'a'}, r"in.jsonl:3: the row has \['txt'\]; wanted 'text', or 'tokens', or 'prompt' and"),
+    ({'txt': 'a'},
+     r"in.jsonl:3: the row has \['txt'\]; wanted 'text', or 'tokens', or 'prompt' and"),
     ({'prompt': 'a'}, r"in.jsonl:3: the row has \['prompt'\]; wanted"),
     ({'text': 'ab', 'tokens': [1, 2]}, 'in.jsonl:3: .* one of them'),
     ({'text': 7}, "in.jsonl:3: field 'text' is int, wanted text"),

@@ -1,7 +1,7 @@
-"""Public models and ours, side by side: random small configurations of transformers, every number in
-them replaced, and what both say of the same tokens.
+"""Public models and ours, side by side: what both say of the same tokens.
 
-A case is the name of a configuration class and its changes; a new family adds cases to CASES.
+The public ones are random small configurations of transformers, every number in them replaced. A
+case is the name of a configuration class and its changes; a new family adds cases to CASES.
 """
 
 import contextlib
@@ -62,7 +62,8 @@ CASES = {
         tie_word_embeddings=True, head_dim=6, num_local_experts=3, num_attention_heads=4,
         num_key_value_heads=2, sliding_window=50, num_experts_per_tok=1)),
     'gemma3': ('Gemma3Text', dict(
-        head_dim=12, sliding_window=16, rope_parameters=GEMMA_ROPE, num_hidden_layers=4, layer_types=[
+        head_dim=12, sliding_window=16, rope_parameters=GEMMA_ROPE, num_hidden_layers=4,
+        layer_types=[
             'sliding_attention', 'sliding_attention', 'full_attention', 'sliding_attention'])),
     'gemma3 untied, biases, scale of its own': ('Gemma3Text', dict(
         tie_word_embeddings=False, head_dim=8, attention_bias=True, query_pre_attn_scalar=20,
@@ -91,8 +92,8 @@ CASES = {
         tie_word_embeddings=True, num_hidden_layers=4, head_dim=8, attention_bias=True,
         num_experts=3, norm_topk_prob=False, shared_expert_intermediate_size=7,
         decoder_sparse_step=2, mlp_only_layers=[3], full_attention_interval=2,
-        linear_key_head_dim=10, linear_value_head_dim=8, linear_num_key_heads=2, linear_num_value_heads=2,
-        linear_conv_kernel_dim=3, rms_norm_eps=1e-3)),
+        linear_key_head_dim=10, linear_value_head_dim=8, linear_num_key_heads=2,
+        linear_num_value_heads=2, linear_conv_kernel_dim=3, rms_norm_eps=1e-3)),
     'qwen3_5': ('Qwen3_5Text', LINEAR | dict(num_hidden_layers=5, head_dim=16)),
     'qwen3_5 tied, biases, three heads a key': ('Qwen3_5Text', LINEAR | dict(
         tie_word_embeddings=True, num_hidden_layers=3, head_dim=16, attention_bias=True,
@@ -218,7 +219,8 @@ def difference_under_padding(both: Both) -> float:
   """With one row padded on the left and one on the right."""
   ids, real = tokens(), np.ones((2, LENGTH), int)
   real[0, :37], real[1, -50:] = 0, 0
-  apart = np.abs(our_logits(both.params, both.cfg, ids, real) - their_logits(both.theirs, ids, real))
+  apart = np.abs(
+      our_logits(both.params, both.cfg, ids, real) - their_logits(both.theirs, ids, real))
   return float(apart[real == 1].max())
 
 

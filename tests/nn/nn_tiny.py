@@ -23,7 +23,8 @@ def config(**changes) -> ModelConfig:
 FULL_STACK = dict(pattern=('attention', ('attention', 'mlp')), tail=('attention',))
 
 # Every layer with latent attention: keys of 4 + 2 channels, values of 6, latents of 5 and 7.
-LATENT = dict(head=('mla',), pattern=('mla',), mla=MLA(q_rank=5, kv_rank=7, rope_dim=2, value_dim=6))
+LATENT = dict(
+    head=('mla',), pattern=('mla',), mla=MLA(q_rank=5, kv_rank=7, rope_dim=2, value_dim=6))
 
 
 def params(cfg: ModelConfig, seed: int = 0) -> dict:

@@ -130,7 +130,7 @@ def test_yarn_scaling_by_hand():
 
 
 def test_biases_gate_and_scale_by_hand():
-  """One position attends to itself alone: out = (v + b) * sigmoid(gate) through o, plus its bias."""
+  """A position that attends to itself alone: (v + b) * sigmoid(gate) through o, plus its bias."""
   cfg = tiny.config(head=(), repeats=1, attention_gate=True, attention_bias=('v', 'gate', 'o'))
   p = jax.tree.map(lambda a: a[0], parameters(cfg)['blocks']['0']['mixer'])
   x = jnp.asarray(np.random.default_rng(3).standard_normal((1, 1, cfg.embed_dim)), jnp.float32)

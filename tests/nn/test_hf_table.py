@@ -102,8 +102,10 @@ def test_another_division_into_layers_holds_the_same_numbers():
     (lambda s: s.update({'model.layers.3.mlp.up_proj.weight': (12, 8)}),
      r'model\.layers\.3\.mlp\.up_proj\.weight has no place'),
     (lambda s: s.update({'lm_head.weight': (11, 8)}), 'lm_head.weight has no place'),
-    (lambda s: s.update({'model.norm.weight': (9,)}), r'model\.norm\.weight has shape \(9,\), wanted \(8,\)'),
-    (lambda s: s.update({'model.layers.0.self_attn.q_proj.bias': (8,)}), 'q_proj.bias has no place'),
+    (lambda s: s.update({'model.norm.weight': (9,)}),
+     r'model\.norm\.weight has shape \(9,\), wanted \(8,\)'),
+    (lambda s: s.update({'model.layers.0.self_attn.q_proj.bias': (8,)}),
+     'q_proj.bias has no place'),
 ])
 def test_tensors_that_do_not_fit_are_named(change, fault):
   cfg = hf.model_config(LLAMA)
@@ -122,7 +124,8 @@ def test_tensors_that_do_not_fit_are_named(change, fault):
     (dict(attn_logit_softcapping=50.0), 'attn_logit_softcapping = 50.0'),
     (dict(rope_scaling={'type': 'dynamic', 'factor': 2.0}), "rope_type is 'dynamic'"),
     (dict(rope_scaling={'type': 'linear'}), 'needs factor'),
-    (dict(rope_scaling={'type': 'linear', 'rope_type': 'yarn', 'factor': 2.0}), "and type 'linear'"),
+    (dict(rope_scaling={'type': 'linear', 'rope_type': 'yarn', 'factor': 2.0}),
+     "and type 'linear'"),
     (dict(rope_scaling={'rope_type': 'linear', 'factor': 2.0, 'beta_fast': 3}), 'has no beta_fast'),
     (dict(partial_rotary_factor=0.5), 'partial_rotary_factor is 0.5'),
     (dict(quantization_config={'bits': 4}), 'quantization_config'),

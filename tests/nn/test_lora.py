@@ -170,7 +170,8 @@ def test_gradients_on_a_mesh_equal_one_device():
 
 @pytest.mark.parametrize('cfg, changes, message', [
     (HYBRID, dict(targets=('*/mixer/*', '*/query')), "'*/query' means no parameter"),
-    (HYBRID, dict(targets=('embed/*',)), "'embed/*' means embed/table, which is no matrix of a layer"),
+    (HYBRID, dict(targets=('embed/*',)),
+     "'embed/*' means embed/table, which is no matrix of a layer"),
     (EXPERTS, dict(targets=('*/router',)), 'blocks/0/ffn/router, which is no matrix of a layer'),
     (HYBRID, dict(rank=5), 'rank is 5, more than blocks/0/mixer/beta can have, a matrix of 16 x 4'),
 ])

@@ -1,4 +1,4 @@
-"""Latent attention: by hand, on a mesh, what it keeps. What it shares with attention: test_model."""
+"""Latent attention: by hand, on a mesh, what it keeps. What attention has, too: test_model."""
 
 import dataclasses
 

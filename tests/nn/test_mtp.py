@@ -1,4 +1,4 @@
-"""Multi-token prediction: what a head reads, what it is asked about, and what it sends gradients to."""
+"""Multi-token prediction: what a head reads, what it is asked, where it sends gradients."""
 
 import dataclasses
 import functools
@@ -64,7 +64,9 @@ def assert_close(actual, expected, rtol=2e-5):
 
 
 def as_in_the_paper(params, cfg, tokens, in_front, behind):
-  """Log-probabilities by the indices of arXiv:2412.19437: h^k_i, i = 0 to T - k - 1, predicts t_{i + k + 1}.
+  """Log-probabilities by the indices of arXiv:2412.19437.
+
+  h^k_i, i = 0 to T - k - 1, predicts t_{i + k + 1}.
 
   Args:
     tokens: [T].
@@ -128,7 +130,7 @@ def test_a_head_that_only_hands_on_says_what_the_model_says_of_one_token_less():
 def test_packed_documents_are_separate_ones(stack):
   cfg = config(stack)
   params, wants = tiny.params(cfg), (want(1), want(2))
-  cuts = (0, 6, 8, 9, 15)               # one of two tokens and one of a single one, too short for heads
+  cuts = (0, 6, 8, 9, 15)               # one of two tokens and one of one, too short for heads
   tokens, weights = tiny.tokens(1, 15), weights_of((2, 1, 15))
   segments = np.searchsorted(cuts, np.arange(15), side='right')
   packed = loss_and_grad(params, cfg, tiny.batch(tokens, segments[None]), weights, wants)
@@ -153,7 +155,7 @@ def test_the_gradient_splits_into_what_goes_through_trunk_embedding_and_head():
   shared = lambda grads: {name: part for name, part in grads.items() if name != 'mtp'}
   assert_close(jax.tree.map(lambda *x: sum(x), *(shared(g) for g in alone.values())), shared(whole))
   assert not any(np.any(x) for x in jax.tree.leaves(shared(nothing)))
-  for grads in (whole, nothing):                 # of the heads' own parameters there is one gradient
+  for grads in (whole, nothing):        # of the heads' own parameters there is one gradient
     assert_close(grads['mtp'], alone['trunk']['mtp'])
   for kept, grads in alone.items():
     reached = {name for name, part in shared(grads).items()
@@ -225,7 +227,8 @@ def test_heads_that_nobody_asks_cost_nothing():
   np.testing.assert_array_equal(
       tiny.forward(bare, cfg, rows).hidden, tiny.forward(bare, without, rows).hidden)
   assert 'mtp' not in model.prepare(params, cfg)
-  with pytest.raises(ValueError, match='3 heads of multi-token prediction are asked for and the model has 2'):
+  with pytest.raises(
+      ValueError, match='3 heads of multi-token prediction are asked for and the model has 2'):
     mtp.wanted((want(3),), cfg)
 
 
@@ -241,7 +244,8 @@ def test_experts_of_heads_are_layers_behind_the_last():
   grown = upcycle.grow(params, specs, upcycle.select(specs, 2))
   assert grown['mtp']['0']['ffn']['gate'].shape[0] == 8
   assert grown['mtp']['0']['project'].shape == (32, 16)
-  assert model.square_sums(params, cfg).keys() == {'embed', 'norm', *(f'layer {i}' for i in range(4))}
+  assert model.square_sums(params, cfg).keys() == {
+      'embed', 'norm', *(f'layer {i}' for i in range(4))}
 
 
 def test_adapters_of_heads_begin_as_nothing():
@@ -264,7 +268,8 @@ def test_flops_by_hand():
 
 @pytest.mark.parametrize('settings, message', [
     (dict(depth=-1), 'depth is -1'), (dict(hidden='before'), 'depth is 0: there are no heads'),
-    (dict(depth=1, order=('hidden', 'hidden')), 'order is'), (dict(depth=1, hidden='x'), 'before or after'),
+    (dict(depth=1, order=('hidden', 'hidden')), 'order is'),
+    (dict(depth=1, hidden='x'), 'before or after'),
     (dict(depth=1, layer=('attention',)), 'a mixer and an FFN'),
     (dict(depth=1, layer=('nothing', 'mlp')), "unknown mixer 'nothing'")])
 def test_settings_are_checked(settings, message):

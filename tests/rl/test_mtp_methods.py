@@ -1,4 +1,4 @@
-"""Four regimes of multi-token prediction: what OCC's coefficient is, and what each sends to the model."""
+"""Four regimes of multi-token prediction: OCC's coefficient, and what each sends to the model."""
 
 import dataclasses
 import functools
@@ -43,7 +43,8 @@ def told(moved, ahead, mask=MASK, elsewhere=0.0, known=1.0, **options):
   old = np.where(mask > 0, -1.0, elsewhere).astype(np.float32)
   row = lambda x: jnp.asarray(x, jnp.float32)[None]
   term = mtp_methods.mtp_occ(1, max_tokens=len(mask), **options).terms[0]
-  given = {OLD: row(old), LOGP: row(old + moved), mtp(1): row(old + ahead), draft(1): (row(known + 0 * mask),) * 3}
+  given = {OLD: row(old), LOGP: row(old + moved), mtp(1): row(old + ahead),
+           draft(1): (row(known + 0 * mask),) * 3}
   given |= {n: row(old - 0.5) for n in term.needs if isinstance(n, Score) and n != OLD}
   view = View(given, Batch(*[None] * 9, advantage=row(1 + 0 * mask)), row(mask), {}, None)
   metrics = term.value(dataclasses.replace(view, sums=term.sums(view)))[1]
@@ -60,7 +61,8 @@ def test_the_coefficient_is_the_slope():
   found = told(MOVED, AHEAD)
   np.testing.assert_allclose(found['lambda1'], expected, rtol=1e-4)
   assert abs(found['lambda1'] - 0.05) < 0.003 and found['active1'] == 1
-  np.testing.assert_allclose([found['c1'], found['v21']], [(MOVED * AHEAD).sum(), (AHEAD ** 2).sum()], rtol=1e-4)
+  np.testing.assert_allclose(
+      [found['c1'], found['v21']], [(MOVED * AHEAD).sum(), (AHEAD ** 2).sum()], rtol=1e-4)
   np.testing.assert_allclose(coefficient(MOVED, AHEAD, plus=0.5), expected / 2, rtol=1e-4)
   assert coefficient(MOVED, AHEAD, clip=0.02) == pytest.approx(0.02)
   assert coefficient(-MOVED, AHEAD, clip=0.02) == pytest.approx(-0.02)
@@ -99,7 +101,8 @@ def test_under_an_isotropic_map_it_is_the_best_multiple_of_the_gradients():
   assert found == pytest.approx(g_rl @ g_mtp / (g_mtp @ g_mtp), abs=0.02)
   # and the gain of a step on a quadratic of curvature L is greatest at (1 - L eta) / (L eta) of it
   curvature, eta = 3.0, 0.02
-  gain = lambda x: eta * x * (1 - curvature * eta) * g_rl @ g_mtp - curvature * (eta * x) ** 2 * g_mtp @ g_mtp / 2
+  gain = lambda x: (eta * x * (1 - curvature * eta) * g_rl @ g_mtp
+                    - curvature * (eta * x) ** 2 * g_mtp @ g_mtp / 2)
   best = (1 - curvature * eta) / (curvature * eta) * found
   assert gain(best) > max(gain(best + x) for x in (-1.0, 1.0))
 
@@ -107,7 +110,10 @@ def test_under_an_isotropic_map_it_is_the_best_multiple_of_the_gradients():
 # ---- A policy with heads, small enough to read
 
 def forward(params, batch, wants, copies=False):
-  """Logits of t: row of w of the token before. Head k: row of w of the token k + 1 back, and row of head of the one before."""
+  """Logits of t: row of w of the token before.
+
+  Head k: row of w of the token k + 1 back, and row of head of the one before.
+  """
   pad = lambda x, by: jnp.pad(x[:, :T - by], ((0, 0), (by, 0)) + ((0, 0),) * (x.ndim - 2))
   time, found = jnp.arange(T), {}
 
@@ -116,7 +122,8 @@ def forward(params, batch, wants, copies=False):
       logits, known = pad(params['w'][batch.tokens], 1), time > 0
     else:
       w = jax.lax.stop_gradient(params['w']) if 'trunk' in want.detach else params['w']
-      logits, known = pad(w[batch.tokens], want.size + 1) + pad(params['head'][batch.tokens], 1), time > want.size
+      logits, known = (pad(w[batch.tokens], want.size + 1) + pad(params['head'][batch.tokens], 1),
+                       time > want.size)
     logp = jax.nn.log_softmax(logits)
     taken = jnp.take_along_axis(logp, batch.tokens[..., None], -1)[..., 0]
     entropy = -jnp.sum(jnp.exp(logp) * logp, axis=-1)
@@ -131,7 +138,8 @@ def forward(params, batch, wants, copies=False):
 
 def batch_of(method, temperature=1.0):
   rng = np.random.default_rng(0)
-  tokens, mask = rng.integers(0, V, (N, T)).astype(np.int32), (rng.random((N, T)) < 0.7).astype(np.float32)
+  tokens, mask = (rng.integers(0, V, (N, T)).astype(np.int32),
+                  (rng.random((N, T)) < 0.7).astype(np.float32))
   mask[:, :1] = 0
   empty = Batch(tokens, None, None, {}, {}, {}, {}, temperature, 0)
   there = jax.tree.map(lambda x: x + 0.3 * rng.standard_normal(x.shape).astype(np.float32), PARAMS)
@@ -164,7 +172,8 @@ BASE = compose(pieces.centred_advantage(), POLICY())
 
 
 @pytest.mark.parametrize('options', [
-    {}, {'ratio': 'sequence', 'clip_low': 0.1}, {'aggregate': 'token_mean', 'clip_high': 0.28, 'dual_clip': 3.0},
+    {}, {'ratio': 'sequence', 'clip_low': 0.1},
+    {'aggregate': 'token_mean', 'clip_high': 0.28, 'dual_clip': 3.0},
     {'aggregate': 'constant'}, {'old': 'own'}, {'old': 'sampler'}])
 def test_beside_any_policy_loss_and_an_entropy_bonus_it_adds_its_share_as_a_constant(options):
   bonus = pieces.entropy(coef=0.1)
@@ -239,7 +248,8 @@ def test_likelihood_is_minus_the_mean_over_heads_and_detach_keeps_it_from_the_mo
 
 # ---- The model itself
 
-CFG = ModelConfig(vocab_size=V, embed_dim=8, num_heads=2, num_kv_heads=1, head_dim=4, ffw_dim=16, mtp=MTP(depth=1))
+CFG = ModelConfig(vocab_size=V, embed_dim=8, num_heads=2, num_kv_heads=1, head_dim=4, ffw_dim=16,
+                  mtp=MTP(depth=1))
 
 
 @functools.cache
@@ -280,4 +290,5 @@ def test_every_recipe_takes_a_regime_beside_it():
     for regime in ('mtp_detach', 'mtp_ce', 'mtp_policy', 'mtp_occ'):
       built = methods.build((recipe, regime), {}, max_tokens=4, mtp_depth=2)
       assert built.terms[-1].name == regime
-      assert {n.size for n in built.terms[-1].needs if isinstance(n, Want) and n.kind == 'mtp'} == {1, 2}
+      assert {n.size for n in built.terms[-1].needs
+              if isinstance(n, Want) and n.kind == 'mtp'} == {1, 2}

@@ -415,7 +415,8 @@ def test_what_the_decoder_tells_of_a_token_stands_where_the_token_stands():
   np.testing.assert_array_equal(out.prompt_extras['read'], pad_left(PROMPTS, 5)[0])
   assert out.extras['read'].dtype == np.int8 and len(set(out.length)) > 2
   read = np.arange(9) < out.length[:, None] - 1
-  np.testing.assert_array_equal(np.where(read, out.extras['read'], 0), np.where(read, out.tokens, 0))
+  np.testing.assert_array_equal(
+      np.where(read, out.extras['read'], 0), np.where(read, out.tokens, 0))
 
 
 def test_numbers_change_without_compiling_anew():
