@@ -246,13 +246,13 @@ def difference_of_greedy(both: Both, num: int = NEW) -> float:
 
 @functools.partial(jax.jit, static_argnums=(1, 3))
 def _greedy(params, cfg, prompt, num):
-  hidden, cache = model.prefill(
+  hidden, cache, _ = model.prefill(
       params, cfg, prompt, jnp.zeros(1, jnp.int32), prompt.shape[1] + num)
 
   def one(carry, _):
     hidden, cache = carry
     token = jnp.argmax(model.unembed(params, cfg, hidden), axis=-1).astype(jnp.int32)
-    return model.step(params, cfg, token, cache), token
+    return model.step(params, cfg, token, cache)[:2], token
 
   return jax.lax.scan(one, (hidden, cache), None, num)[1].T
 
