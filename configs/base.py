@@ -102,7 +102,8 @@ def get_config() -> ConfigDict:
   c.upcycle.at_step = 0                # of the run, inside pretrain or sft; its checkpoint is the
                                        # model before. 0: never
   c.upcycle.factor = 2                 # times as many experts in every layer
-  c.upcycle.selection = 'uniform'      # whom to copy: uniform, grad_sq, saliency, fisher, weight
+  # Whom to copy: uniform, grad_sq, saliency, fisher, weight; fresh: nobody, all begin anew.
+  c.upcycle.selection = 'uniform'
   c.upcycle.score_batches = 4          # optimiser steps whose gradients are scored, on from where
                                        # the data are
   c.upcycle.allocation = 'greedy'      # by scores: greedy (the best up to cap) or weighted (drawn)

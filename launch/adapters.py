@@ -7,9 +7,6 @@ for --config.init, launch/generate.py and everything else that reads a checkpoin
 
 import argparse
 import dataclasses
-import json
-import os
-import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,7 +31,7 @@ def main(arguments: list[str]) -> int:
 
   target = Path(options.peft or options.merged)
   if target.exists():
-    raise ValueError(f'{target} exists; nothing is written over')
+    raise ValueError(f'{target} exists and is never written over')
   folder = talk.find(options.workdir, options.step)
   known, meta = models.describe(folder), checkpoint.read_meta(folder)
   cfg = known.cfg
@@ -80,23 +77,15 @@ def save(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Any]) ->
     config: of adapter_config.json.
     tensors: {name: float32 array} of adapter_model.safetensors.
   """
-  header, end = {'__metadata__': {'format': 'pt'}}, 0
-  for name, x in tensors.items():
-    header[name] = {'dtype': 'F32', 'shape': list(x.shape), 'data_offsets': [end, end + x.nbytes]}
-    end += x.nbytes
-  text = json.dumps(header).encode()
-  text += b' ' * (-len(text) % 8)
-  partial = folder.with_name(f'{folder.name}.partial-{os.getpid()}')
-  try:
+  from launch import hf_files
+
+  with hf_files.appearing(folder) as partial:
     partial.mkdir(parents=True)
-    with (partial / 'adapter_model.safetensors').open('wb') as file:
-      file.write(len(text).to_bytes(8, 'little') + text)
-      for x in tensors.values():
-        file.write(x.astype('<f4').tobytes())
-    (partial / 'adapter_config.json').write_text(json.dumps(config, indent=2) + '\n')
-    partial.rename(folder)
-  finally:
-    shutil.rmtree(partial, ignore_errors=True)
+    shapes = {name: ('F32', x.shape) for name, x in tensors.items()}
+    stored = hf_files.allocate(partial / 'adapter_model.safetensors', shapes)
+    for name, x in tensors.items():
+      hf_files.mapped(stored[name], 'r+')[...] = x
+    hf_files.write_json(partial / 'adapter_config.json', config)
 
 
 if __name__ == '__main__':

@@ -308,7 +308,7 @@ def save_params(folder: str | Path, params: Tree, meta: Mapping[str, Any]) -> No
   """
   folder, state = Path(folder).absolute(), {'params': params}
   if folder.exists():
-    raise ValueError(f'{folder} exists; parameters are never written over')
+    raise ValueError(f'{folder} exists and is never written over')
   meta = _json({**provenance(), **meta, 'leaves': _leaves(state)})
   _quiet()
   try:

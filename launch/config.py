@@ -327,7 +327,8 @@ def reason(config: ConfigDict, key: str) -> str:
   if first == 'upcycle':
     u = config.upcycle
     return (f'growth is at_step {u.at_step}, by selection {u.selection!r} and allocation '
-            f'{u.allocation!r}, with model.moe.bias_rate {config.model.moe.bias_rate}')
+            f'{u.allocation!r}, with model.moe.bias_rate {config.model.moe.bias_rate} and bias '
+            f'{config.model.moe.bias}')
   if rest[:1] == ['mtp']:
     m = config[first].mtp
     return f'{first}.mtp.coef is {m.coef} and {first}.mtp.switch is {m.switch}'

@@ -1,10 +1,8 @@
 """What launch/convert.py does. One process; parameters one at a time on the way out."""
 
 import dataclasses
-import os
 import shutil
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -28,34 +26,27 @@ def to_checkpoint(
     warm_start: variant that layers of linear attention become, without a change of the function;
       '': they stay. The model then is no longer one of the folder's type.
   """
-  target = Path(target).absolute()
-  if target.exists():
-    raise ValueError(f'{target} exists; checkpoints are never written over')
-  known = models.describe(source)
-  opened = hf_files.Opened(source, known.cfg, drop)
-  specs, sizes = model.specs(known.cfg), talk.mesh_sizes(mesh)
-  places = param.flat(param.shardings(specs, mesh_lib.make_mesh(sizes), dict(known.cfg.rules)))
-  params = param.unflat({
-      path: opened.array(
-          path, jax.ShapeDtypeStruct(s.shape, opened.dtype(path), sharding=places[path]))
-      for path, s in param.flat(specs).items()})
-  cfg, origin = known.cfg, known.origin
-  if warm_start:
-    params, cfg = model.warm_start(params, cfg, warm_start)
-    origin = None
-  partial = target.with_name(f'{target.name}.partial-{os.getpid()}')
-  folder = 'tokenizer' if known.tokenizer else ''
-  meta = {'model': dataclasses.asdict(cfg), 'tokenizer': folder, 'step': 0,
-          **models.to_meta(origin)}
-  try:
+  with hf_files.appearing(target) as partial:
+    known = models.describe(source)
+    opened = hf_files.Opened(source, known.cfg, drop)
+    specs, sizes = model.specs(known.cfg), talk.mesh_sizes(mesh)
+    places = param.flat(param.shardings(specs, mesh_lib.make_mesh(sizes), dict(known.cfg.rules)))
+    params = param.unflat({
+        path: opened.array(
+            path, jax.ShapeDtypeStruct(s.shape, opened.dtype(path), sharding=places[path]))
+        for path, s in param.flat(specs).items()})
+    cfg, origin = known.cfg, known.origin
+    if warm_start:
+      params, cfg = model.warm_start(params, cfg, warm_start)
+      origin = None
+    folder = 'tokenizer' if known.tokenizer else ''
+    meta = {'model': dataclasses.asdict(cfg), 'tokenizer': folder, 'step': 0,
+            **models.to_meta(origin)}
     checkpoint.save_params(partial, params, meta)
     if folder:
       (partial / folder).mkdir()
       for path in hf_files.tokenizer_files(known.tokenizer):
         shutil.copy(path, partial / folder)
-    partial.rename(target)
-  finally:
-    shutil.rmtree(partial, ignore_errors=True)
   return param.count(model.specs(cfg))
 
 

@@ -85,6 +85,7 @@ def grow(s: Source, given: Mapping[str, str], seed: int | None) -> None:
   with settings.unlocked():
     settings.seed = s.stored.seed if seed is None else seed
     settings.model.moe.bias_rate = s.run.cfg.moe.bias_rate       # for what may be said of noise
+    settings.model.moe.bias = s.run.cfg.moe.bias
   tracked = config_lib.Tracked(settings)
   o = growth.read_options(tracked, s.run.cfg)
   config_lib.refuse_unread(tracked, [f'upcycle.{name}' for name in given])

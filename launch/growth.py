@@ -52,13 +52,15 @@ def read_options(config: Any, cfg: ModelConfig) -> Options:
   u, more = config.upcycle, {}
   if u.selection not in upcycle.SELECTIONS:
     raise ValueError('upcycle.selection: ' + unknown('one', u.selection, upcycle.SELECTIONS))
+  config_lib.at_least(1, config, 'upcycle.factor')
+  if u.selection == 'fresh':             # nothing of the others is kept, so the rest has no effect
+    return Options(factor=u.factor, selection='fresh', optimizer='reset', seed=config.seed)
   if u.optimizer not in upcycle.OPTIMIZERS:
     raise ValueError('upcycle.optimizer: ' + unknown('one', u.optimizer, upcycle.OPTIMIZERS))
-  config_lib.at_least(1, config, 'upcycle.factor')
   if u.selection in GRADIENTS:
     config_lib.at_least(1, config, 'upcycle.score_batches')
     more['score_batches'] = u.score_batches
-  if u.selection not in ('uniform', 'fresh'):
+  if u.selection != 'uniform':
     if u.allocation not in ('greedy', 'weighted'):
       raise ValueError(f'upcycle.allocation is {u.allocation!r}, wanted greedy or weighted')
     own = {'greedy': 'cap', 'weighted': 'temperature'}[u.allocation]
@@ -67,9 +69,7 @@ def read_options(config: Any, cfg: ModelConfig) -> Options:
       config_lib.at_least(1, config, 'upcycle.cap')
     elif u.temperature <= 0:
       raise ValueError(f'upcycle.temperature is {u.temperature}, wanted more than 0')
-  if u.selection == 'fresh':             # there is nothing that moments could be copied for
-    return Options(factor=u.factor, selection='fresh', optimizer='reset', seed=config.seed)
-  noise = 'noise' if cfg.moe.bias_rate else 'router_noise'
+  noise = 'noise' if cfg.moe.has_bias else 'router_noise'
   config_lib.at_least(0, config, f'upcycle.{noise}')
   more[noise] = u[noise]
   return Options(factor=u.factor, selection=u.selection, optimizer=u.optimizer, seed=config.seed,

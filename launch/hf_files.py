@@ -5,6 +5,7 @@ the bytes it is made of. A folder is written under another name and renamed when
 """
 
 import collections
+import contextlib
 import dataclasses
 import json
 import math
@@ -228,9 +229,6 @@ def save(
     ValueError: the folder exists, or no family can hold the model.
     OSError: it could not be written; then nothing is left of it.
   """
-  folder, mine = Path(folder).absolute(), jax.process_index() == 0
-  if mine and folder.exists():
-    raise ValueError(f'{folder} exists; models are never written over')
   family, config = describe(cfg, origin)
   pieces = collections.defaultdict(list)
   for piece in hf.pieces(family, cfg):
@@ -242,20 +240,37 @@ def save(
     config = {k: v for k, v in config.items() if k != 'torch_dtype'} | {'dtype': names[kinds('')]}
   generation = origin.generation if origin else dict(ids or {})
   config = (config if origin else generation | config)
-  partial = folder.with_name(f'{folder.name}.partial-{os.getpid()}')
-  try:
+  mine = jax.process_index() == 0
+  with appearing(folder) as partial:
     if mine:
       partial.mkdir(parents=True)
-      _write_json(partial / 'config.json', config)
+      write_json(partial / 'config.json', config)
       if generation:
-        _write_json(partial / 'generation_config.json', generation)
+        write_json(partial / 'generation_config.json', generation)
       for path in tokenizer_files(tokenizer):
         shutil.copy(path, partial)
-      stored = _allocate(partial, shapes, shard_bytes)
+      stored = _allocate_shards(partial, shapes, shard_bytes)
     for path, some in pieces.items():
       whole = arrays(path)
       for piece in some if mine else ():
         hf.write(piece, whole[piece.lead], mapped(stored[piece.tensor], 'r+'))
+
+
+@contextlib.contextmanager
+def appearing(folder: str | Path) -> Iterator[Path]:
+  """The name a folder has until it is whole, for the caller to make; it is gone after an error.
+
+  All processes may enter; process 0 has the folder.
+
+  Raises:
+    ValueError: it is there already.
+  """
+  folder, mine = Path(folder).absolute(), jax.process_index() == 0
+  if mine and folder.exists():
+    raise ValueError(f'{folder} exists and is never written over')
+  partial = folder.with_name(f'{folder.name}.partial-{os.getpid()}')
+  try:
+    yield partial
     if mine:
       partial.rename(folder)
   finally:
@@ -277,10 +292,10 @@ def tokenizer_files(folder: str | Path) -> Iterator[Path]:
           if folder.parts and p.is_file())
 
 
-def _allocate(
+def _allocate_shards(
     folder: Path, shapes: Mapping[str, tuple[str, tuple[int, ...]]], shard_bytes: int,
 ) -> dict[str, Stored]:
-  """Files with headers and room for all tensors, and where each tensor goes."""
+  """Files with room for all tensors, and where each tensor goes."""
   size = lambda name: DTYPES[shapes[name][0]].itemsize * math.prod(shapes[name][1])
   shards = [[]]
   for name in sorted(shapes):
@@ -289,27 +304,35 @@ def _allocate(
     shards[-1].append(name)
   stored, one = {}, len(shards) == 1
   for i, names in enumerate(shards, 1):
-    path = folder / (
-        'model.safetensors' if one else f'model-{i:05}-of-{len(shards):05}.safetensors')
-    header, end = {'__metadata__': {'format': 'pt'}}, 0
-    # The widest first, as the format's own library puts them: so every tensor is aligned.
-    for name in sorted(names, key=lambda n: (-DTYPES[shapes[n][0]].itemsize, n)):
-      kind, shape = shapes[name]
-      header[name] = {'dtype': kind, 'shape': list(shape), 'data_offsets': [end, end + size(name)]}
-      end += size(name)
-    text = json.dumps(header, separators=(',', ':')).encode()
-    text += b' ' * (-len(text) % 8)
-    with path.open('wb') as file:
-      file.write(len(text).to_bytes(8, 'little') + text)
-      file.flush()
-      os.posix_fallocate(file.fileno(), 0, 8 + len(text) + end)     # a full disk is an error here
-    stored |= read_header(path)
+    file = 'model.safetensors' if one else f'model-{i:05}-of-{len(shards):05}.safetensors'
+    stored |= allocate(folder / file, {name: shapes[name] for name in names})
   if not one:
     where = {name: t.file.name for name, t in sorted(stored.items())}
-    _write_json(folder / INDEX, {
+    write_json(folder / INDEX, {
         'metadata': {'total_size': sum(map(size, shapes))}, 'weight_map': where})
   return stored
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+def allocate(path: Path, shapes: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, Stored]:
+  """A safetensors file with its header and room for every tensor.
+
+  Args:
+    shapes: {name: (a key of DTYPES, shape)}.
+  """
+  header, end = {'__metadata__': {'format': 'pt'}}, 0
+  # The widest first, as the format's own library puts them: so every tensor is aligned.
+  for name in sorted(shapes, key=lambda n: (-DTYPES[shapes[n][0]].itemsize, n)):
+    kind, shape = shapes[name]
+    begin, end = end, end + DTYPES[kind].itemsize * math.prod(shape)
+    header[name] = {'dtype': kind, 'shape': list(shape), 'data_offsets': [begin, end]}
+  text = json.dumps(header, separators=(',', ':')).encode()
+  text += b' ' * (-len(text) % 8)
+  with path.open('wb') as file:
+    file.write(len(text).to_bytes(8, 'little') + text)
+    file.flush()
+    os.posix_fallocate(file.fileno(), 0, 8 + len(text) + end)     # a full disk is an error here
+  return read_header(path)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
   path.write_text(json.dumps(content, indent=2, sort_keys=True) + '\n')

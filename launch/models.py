@@ -36,16 +36,15 @@ def describe(path: str | Path) -> Known:
                  hf_files.read_origin(path))
   folder = checkpoint.find(path)
   meta = checkpoint.read_meta(folder)
-  origin = hf_files.Origin(**meta['hf']) if meta.get('hf') else None
   if 'model' in meta:
     tokenizer = folder / meta['tokenizer'] if meta['tokenizer'] else ''
-    return Known(from_dict(meta['model']), str(tokenizer), origin)
+    return Known(from_dict(meta['model']), str(tokenizer), from_meta(meta))
   if 'config' not in meta:
     raise ValueError(f'{folder} holds parameters alone, without config and tokenizer; give the '
                      'folder of a run, of launch/convert.py, or of Hugging Face')
   config = config_lib.from_json(json.dumps(meta['config']))
   size = tokenizer_lib.load(config.tokenizer).vocab_size
-  return Known(growth.model_at(config, size, meta['step']), config.tokenizer, origin)
+  return Known(growth.model_at(config, size, meta['step']), config.tokenizer, from_meta(meta))
 
 
 def adopt(config: ConfigDict, path: str, explicit: Sequence[str]) -> None:
@@ -91,18 +90,22 @@ def origin_of(init: str, saved: dict[str, Any] | None) -> hf_files.Origin | None
     saved: the meta data of the checkpoint that the run goes on from.
   """
   if saved:
-    return hf_files.Origin(**saved['hf']) if saved.get('hf') else None
+    return from_meta(saved)
   if not init:
     return None
   if hf_files.is_folder(init):
     return hf_files.read_origin(init)
-  meta = checkpoint.read_meta(checkpoint.find(init))
-  return hf_files.Origin(**meta['hf']) if meta.get('hf') else None
+  return from_meta(checkpoint.read_meta(checkpoint.find(init)))
 
 
 def to_meta(origin: hf_files.Origin | None) -> dict[str, Any]:
-  """The entry of a checkpoint's meta data that `origin_of` reads."""
+  """The entry of a checkpoint's meta data that `from_meta` reads."""
   return {'hf': dataclasses.asdict(origin)} if origin else {}
+
+
+def from_meta(meta: dict[str, Any]) -> hf_files.Origin | None:
+  """The public folder that a checkpoint came from, by its meta data."""
+  return hf_files.Origin(**meta['hf']) if meta.get('hf') else None
 
 
 def special_ids(tokenizer: str) -> dict[str, int]:

@@ -101,7 +101,7 @@ def check(run: Run, built: list[Built], settings: Settings, saved: dict | None,
     checkpoint.check_params(settings.init, wanted, run.cfg)
   if settings.export:
     if Path(settings.export).exists():
-      raise ValueError(f'export: {settings.export} exists; models are never written over')
+      raise ValueError(f'export: {settings.export} exists and is never written over')
     hf_files.describe(built[-1].run.cfg, settings.origin)
   kind = lambda b: jax.tree.structure(phases.abstract_state(b).opt_state)
   for before, b in zip(built, built[1:]):

@@ -39,7 +39,7 @@ def specs(cfg: ModelConfig) -> dict[str, Spec]:
       'up': param.matrix(sizes, ('expert', 'embed', 'ffw'), contract=('embed',)),
       'down': param.matrix(sizes, ('expert', 'ffw', 'embed'), contract=('ffw',), scale=small),
   }
-  if cfg.moe.bias_rate or cfg.moe.bias:
+  if cfg.moe.has_bias:
     table['bias'] = Spec((cfg.moe.experts,), ('expert',), param.zeros, trainable=False)
   if cfg.moe.shared_dim:
     sizes['ffw'] = cfg.moe.shared_dim

@@ -138,6 +138,11 @@ class MoE:
       raise ValueError('model.moe.shared_gate is set and model.moe.shared_dim is 0: '
                        'there is nothing to gate')
 
+  @property
+  def has_bias(self) -> bool:
+    """Whether a selection bias is added to the scores in the choice."""
+    return self.bias or self.bias_rate > 0
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rope:
@@ -430,7 +435,7 @@ def architecture(cfg: ModelConfig) -> dict[str, Any]:
   fields['rope'] |= {'fast': cfg.rope.turns, 'gain': cfg.rope.attention_gain}
   fields['gdn'] |= cfg.gdn_sizes._asdict() | _ranks(cfg)
   fields['mla'] |= cfg.mla_sizes._asdict()
-  fields['moe']['bias'] = cfg.moe.bias or cfg.moe.bias_rate > 0
+  fields['moe']['bias'] = cfg.moe.has_bias
   fields['moe']['ffw_dim'] = cfg.moe.ffw_dim or cfg.ffw_dim // cfg.moe.top_k
   unused = {'head', 'pattern', 'repeats', 'tail', 'ffn', *RUN_FIELDS['']}
   unused |= {'gdn', 'mla'} - mixers | {'moe'} - ffns

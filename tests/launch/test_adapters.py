@@ -119,7 +119,7 @@ def test_what_cannot_leave_is_refused(runs, tmp_path):
   base, adapted = runs
   with pytest.raises(ValueError, match='has no adapters'):
     adapters.main(['--workdir', str(base), '--merged', str(tmp_path / 'merged')])
-  with pytest.raises(ValueError, match='exists; nothing is written over'):
+  with pytest.raises(ValueError, match='never written over'):
     adapters.main(['--workdir', str(adapted), '--peft', str(tmp_path)])
 
 

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors import numpy as safetensors
 
 from launch import checkpoint, conversion, hf_files, models
 from nn import model, param
@@ -62,9 +61,8 @@ def test_a_warm_start_computes_what_the_public_model_does_and_survives_an_export
 
 
 def test_layers_after_the_last_are_refused_or_dropped_on_request(folder, tmp_path):
-  path = folder / 'model.safetensors'
-  extra = {'model.layers.3.eh_proj.weight': np.ones((12, 24), np.float32)}
-  safetensors.save_file(safetensors.load_file(path) | extra, path)
+  name = 'model.layers.3.eh_proj.weight'
+  hf_files.allocate(folder / 'model-mtp.safetensors', {name: ('F32', (12, 24))})
   with pytest.raises(ValueError, match='model.layers.3.eh_proj.weight has no place in the model'):
     conversion.to_checkpoint(folder, tmp_path / 'all')
   assert not (tmp_path / 'all').exists()
