@@ -374,12 +374,22 @@ def to_json(config: ConfigDict) -> str:
 
 
 def from_json(text: str) -> ConfigDict:
-  """The locked config a text of `to_json` stands for; JSON has no tuples, configs have no lists."""
+  """The locked config a text of `to_json` stands for; JSON has no tuples, configs have no lists.
+
+  Keys that have come since it was written have the values of configs/base.py, under which nothing
+  is other than before.
+  """
   def tuples(value):
     if isinstance(value, dict):
       return {k: tuples(v) for k, v in value.items()}
     return tuple(map(tuples, value)) if isinstance(value, list) else value
-  return ConfigDict(tuples(json.loads(text))).lock()
+
+  def filled(value, default):
+    if not (isinstance(value, dict) and isinstance(default, dict)):
+      return value
+    return {**default, **{k: filled(v, default.get(k)) for k, v in value.items()}}
+
+  return ConfigDict(filled(tuples(json.loads(text)), base.get_config().to_dict())).lock()
 
 
 class Change(NamedTuple):

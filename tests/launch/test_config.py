@@ -1,5 +1,6 @@
 """Configs: what files and options may set, what is refused, what a resumed run may change."""
 
+import json
 import inspect
 import os
 import subprocess
@@ -272,6 +273,19 @@ c.rl.rewards.mine = "é"'''))
   assert config.flat(again) == config.flat(c)
   assert again.is_locked and again.model.pattern == (('gdn', 'moe'), 'attention')
   assert config.diff(config.to_json(c), again) == []
+
+
+def test_keys_that_came_since_a_config_was_written_have_their_defaults():
+  now = base.get_config()
+  stored = now.to_dict()
+  stored['model']['embed_dim'] = 7
+  del stored['model']['moe'], stored['seed'], stored['rl']['optimizer']['warmup']
+  again = config.from_json(json.dumps(stored))
+  now.model.embed_dim = 7
+  assert config.flat(again) == config.flat(now)
+  assert config.diff(json.dumps(stored), now) == []
+  now.seed = 3
+  assert config.diff(json.dumps(stored), now) == [('seed', 0, 3)]
 
 
 def test_only_the_listed_keys_may_change_on_resume():
