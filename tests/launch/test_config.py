@@ -1,7 +1,7 @@
 """Configs: what files and options may set, what is refused, what a resumed run may change."""
 
-import json
 import inspect
+import json
 import os
 import subprocess
 import sys
