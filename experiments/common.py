@@ -87,6 +87,14 @@ def folder(workdir: Path, arm: Arm, seed: int) -> Path:
   return workdir / f'{arm.name}-{seed}'.replace(', ', '_').replace(' ', '_')
 
 
+def copy_of(workdir: Path, source: Arm) -> Callable:
+  """Begins a run where another arm's run of the same seed ended; for `Arm.start`."""
+  def command(where, seed):
+    return ['-c', 'import shutil, sys; shutil.copytree(*sys.argv[1:])',
+            folder(workdir, source, seed).resolve() / 'checkpoints', where / 'checkpoints']
+  return command
+
+
 def run(arm: Arm, seed: int, workdir: Path, cores: queue.SimpleQueue) -> None:
   """One run, in a process of its own on a core of its own."""
   where = folder(workdir, arm, seed)
@@ -127,6 +135,18 @@ def last(workdir: Path, arm: Arm, seed: int, name: str) -> float:
   return found[-1] if found else float('nan')
 
 
+def of_phase(workdir: Path, arm: Arm, seed: int, phase: str) -> list[dict]:
+  """The lines of a phase; their steps are counted from its begin."""
+  found = [x for x in lines(workdir, arm, seed) if x.get('phase') == phase]
+  begin = min((x['step'] for x in found), default=0)
+  return [x | {'step': x['step'] - begin} for x in found]
+
+
+def first(found: Sequence[dict], name: str, least: float) -> int | None:
+  """The step at which a metric first is at least that; None: never."""
+  return next((x['step'] for x in found if x.get(name, -np.inf) >= least), None)
+
+
 def mean_and_spread(values: Sequence[float], digits: int = 3) -> str:
   """As '0.912 ± 0.004': mean and sample standard deviation over seeds."""
   values = np.asarray(values, float)
@@ -139,15 +159,23 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
   return '\n'.join('| ' + ' | '.join(row) + ' |' for row in (header, ['---'] * len(header), *rows))
 
 
-def figure(path: Path, draw, width: float = 6.0, height: float = 3.6) -> None:
-  """Saves what draw(axes) draws as an SVG."""
+def figure(path: Path, draw, width: float = 6.0, height: float = 3.6,
+           panels: tuple[int, int] = (1, 1)) -> None:
+  """Saves what draw(axes) draws as an SVG.
+
+  Args:
+    width, height: inches.
+    panels: rows and columns of axes; draw gets an array [rows, columns] of them, if not one.
+  """
   import matplotlib
   matplotlib.use('svg')
   matplotlib.rcParams['svg.hashsalt'] = 'nacre'          # the same plot is the same file
   from matplotlib import pyplot
-  drawn, axes = pyplot.subplots(figsize=(width, height), layout='constrained')
-  draw(axes)
-  axes.grid(alpha=0.3)
+  drawn, grid = pyplot.subplots(
+      *panels, figsize=(width, height), layout='constrained', squeeze=False)
+  draw(grid if grid.size > 1 else grid[0, 0])
+  for axes in grid.flat:
+    axes.grid(alpha=0.3)
   path.parent.mkdir(parents=True, exist_ok=True)
   drawn.savefig(path, metadata={'Date': None})
   pyplot.close(drawn)

@@ -54,20 +54,16 @@ def language(folder: Path) -> tuple[str, ...]:
 def continued(workdir: Path, text: tuple[str, ...]) -> dict[tuple[str, str], common.Arm]:
   """{(share, name): an arm that goes on from its source}."""
 
-  def start(source, *grow):
+  def grown(selection):
     def command(folder, seed):
-      source_of = common.folder(workdir, source, seed).resolve()
-      if grow:
-        return ['launch/upcycle.py', '--input', source_of, '--output', folder, '--factor', '2',
-                *grow]
-      return ['-c', 'import shutil, sys; shutil.copytree(*sys.argv[1:])', source_of / 'checkpoints',
-              folder / 'checkpoints']
+      return ['launch/upcycle.py', '--input', common.folder(workdir, small, seed).resolve(),
+              '--output', folder, '--factor', '2', '--selection', selection]
     return command
 
   small, large = sources(text)
-  kinds = {'16': ((), start(small)), '32': (LARGE, start(large))}
-  kinds |= {
-      name: (LARGE, start(small, '--selection', name)) for name in ('uniform', 'grad_sq', 'fresh')}
+  same = lambda source: common.copy_of(workdir, source)
+  kinds = {'16': ((), same(small)), '32': (LARGE, same(large))}
+  kinds |= {name: (LARGE, grown(name)) for name in ('uniform', 'grad_sq', 'fresh')}
   return {(share, name): common.Arm(
       f'{name} {share}'.replace(' %', ''), CONFIG,
       (*changes, *text, f'pretrain.steps={SOURCE + more}', f'pretrain.optimizer.decay={decay}'),
