@@ -292,18 +292,25 @@ class Tracked(Mapping):
     return {name: plain(value) for name, value in self.items()}
 
 
-def check_read(config: Tracked, explicit: Sequence[str] = ()) -> None:
+def check_read(
+    config: Tracked, explicit: Sequence[str] = (), file: ConfigDict | None = None) -> None:
   """Refuses settings without effect: leaves that differ from their default and were never read.
 
   Args:
     config: the view of the whole config through which the run was set up.
     explicit: keys that must be read even at their default: those named on the command line. If
       phases is one of them, only they must: the file is then one for other phases, too.
+    file: what the config file says by itself. To take that back has an effect: wsd becomes constant
+      by schedule=constant and decay=0.
   """
   default = flat(base.get_config())
+  before = default if file is None else flat(file)
+  differs = lambda key, value: value != default.get(key, ABSENT)
+  must = lambda key, value: differs(key, value) or not differs(key, before.get(key, ABSENT))
   refuse_unread(config, [
       key for key, value in flat(config._block).items()
-      if key in explicit or (value != default.get(key, ABSENT) and 'phases' not in explicit)])
+      if key in explicit and must(key, value)
+      or differs(key, value) and 'phases' not in explicit])
 
 
 def refuse_unread(config: Tracked, keys: Sequence[str]) -> None:

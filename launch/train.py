@@ -53,7 +53,7 @@ def main(arguments: list[str]) -> int:
     saved = start.find_saved(run.workdir, locked, plan, options.allow_config_change)
     built = phases.build_all(run, plan)
     settings = start.read_settings(config, saved)
-    config_lib.check_read(config, explicit)
+    config_lib.check_read(config, explicit, config_lib.load(options.config))
     changes = start.check(run, built, settings, saved, options.allow_config_change)
 
     checkpoints = ending.enter_context(checkpoint.Checkpointer(

@@ -250,6 +250,22 @@ def test_unread_defaults_are_fine_unless_named_on_the_command_line():
   config.check_read(t, ['rl.group'])
 
 
+def test_what_a_file_says_can_be_taken_back_on_the_command_line(file):
+  path = file('c.rl.optimizer.schedule = "wsd"\nc.rl.optimizer.decay = 9')
+  def message(*overrides):
+    t = config.Tracked(config.load(path, overrides))
+    read_all(t, {'optimizer'})
+    assert t.rl.optimizer.schedule == 'constant'
+    return error(config.check_read, t, ['rl.optimizer.schedule', 'rl.optimizer.decay'],
+                 config.load(path))
+  constant = ('rl.optimizer.schedule', 'constant')
+  assert 'rl.optimizer.decay = 8' in message(constant, ('rl.optimizer.decay', '8'))
+  t = config.Tracked(config.load(path, [constant, ('rl.optimizer.decay', '0')]))
+  read_all(t, {'optimizer'})
+  assert t.rl.optimizer.schedule == 'constant'
+  config.check_read(t, ['rl.optimizer.schedule', 'rl.optimizer.decay'], config.load(path))
+
+
 def test_other_phases_on_the_command_line_leave_the_file_as_it_is(file):
   path = file('c.phases = ("sft", "rl")\nc.sft.steps = 3\nc.pretrain.steps = 4\nc.seed = 5')
   def message(*overrides):
