@@ -4,7 +4,8 @@
 
 SFT trains the head with the model. In RL the policy loss is taken of the head, too, with a
 coefficient estimated anew every update (Optimal Coefficient Calibration); on the first update of a
-rollout batch it is 0, hence four. The other regimes, to compare:
+rollout batch it is 0, hence four. What the head itself learns is always what was sampled, too
+(--config.rl.mtp_occ.train). The other regimes, to compare:
 --config.rl.methods=grpo,mtp_detach (or mtp_ce, or mtp_policy with --config.rl.mtp_policy.coef=0.1).
 The log has the coefficient as mtp_occ/lambda1, and mtp/agrees1, how often the head drafts what the
 model would say.

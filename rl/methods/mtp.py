@@ -59,8 +59,8 @@ def mtp_policy(
 
 def mtp_occ(
     mtp_depth: int, max_tokens: int = 0, plus: float = 1.0, eps: float = 1e-8, clip: float = 0.0,
-    average: str = 'sums', old: str = 'main', ratio: str = 'token', clip_low: float = 0.2,
-    clip_high: float = 0.2, dual_clip: float = 0.0,
+    average: str = 'sums', old: str = 'main', train: float = 0.1, ratio: str = 'token',
+    clip_low: float = 0.2, clip_high: float = 0.2, dual_clip: float = 0.0,
     aggregate: str = 'sequence_mean') -> Method:
   """Optimal Coefficient Calibration: `mtp_policy` with the coefficient under which it helps most.
 
@@ -69,16 +69,23 @@ def mtp_occ(
   since `old`, e those of the head. It may be negative, is 0 on an exactly on-policy step, and
   carries no gradient. The sums are of all rows, and `old` is the model's, as released: our reading.
 
+  Lambda scales what reaches the heads' own parameters, too, which would learn nothing where it is
+  0. Hence `mtp_detach` is part of this method: the heads always learn what is sampled, and lambda
+  alone decides what the model learns from them. Our reading; the paper trains heads by itself only
+  in its regime Detach. It runs the heads, not the model, a second time.
+
   Args:
     plus, eps: as above.
     clip: lambda is kept within plus and minus this; 0: as it is.
     average: sums, as above; or ratios, the released code's: the mean of d e / (e^2 + eps) over all
       max_tokens of every row, of which those without a token count 0.
+    train: coefficient of `mtp_detach`; 0: without it.
     old and the others: as in `mtp_policy`.
   """
   choose(AVERAGES, average, 'average')
-  if eps <= 0 or clip < 0:
-    raise ValueError(f'eps is {eps} and clip is {clip}, wanted above 0 and at least 0')
+  if eps <= 0 or clip < 0 or train < 0:
+    raise ValueError(f'eps is {eps}, clip is {clip} and train is {train}, wanted above 0, at least '
+                     '0 and at least 0')
   loss = pieces.policy(
       ratio, clip_low, clip_high, dual_clip, aggregate, max_tokens=max_tokens).terms[0]
   heads, main, olds = wanted(mtp_depth, old)
@@ -107,7 +114,8 @@ def mtp_occ(
 
   needs = (LOGP, main, *heads, *map(drafts, heads), *(o for o in dict.fromkeys(olds) if o != main))
   return Method(terms=(
-      dataclasses.replace(loss, name='mtp_occ', value=value, needs=needs, sums=sums),))
+      *mtp_detach(mtp_depth, train).terms,
+      dataclasses.replace(loss, name='mtp_occ', value=value, needs=needs, sums=sums)))
 
 
 def measured(method: Method) -> Method:

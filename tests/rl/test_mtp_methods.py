@@ -42,7 +42,7 @@ def told(moved, ahead, mask=MASK, elsewhere=0.0, known=1.0, **options):
   """What OCC tells of one row whose model and head have moved by so much since `old`."""
   old = np.where(mask > 0, -1.0, elsewhere).astype(np.float32)
   row = lambda x: jnp.asarray(x, jnp.float32)[None]
-  term = mtp_methods.mtp_occ(1, max_tokens=len(mask), **options).terms[0]
+  term = mtp_methods.mtp_occ(1, max_tokens=len(mask), **options).terms[-1]
   given = {OLD: row(old), LOGP: row(old + moved), mtp(1): row(old + ahead),
            draft(1): (row(known + 0 * mask),) * 3}
   given |= {n: row(old - 0.5) for n in term.needs if isinstance(n, Score) and n != OLD}
@@ -182,7 +182,8 @@ def test_beside_any_policy_loss_and_an_entropy_bonus_it_adds_its_share_as_a_cons
   factor = float(metrics['mtp_occ/lambda1'])
   assert abs(factor) > 1e-3
   alone, _ = gradient(mtp_methods.mtp_policy(1, max_tokens=T, coef=factor, **options))
-  close(grads, jax.tree.map(jnp.add, plain, alone))
+  own, _ = gradient(mtp_methods.mtp_detach(1))
+  close(grads, jax.tree.map(lambda *x: sum(x), plain, alone, own))
   assert np.abs(alone['head']).max() > 1e-4 and np.abs(alone['w']).max() > 1e-4
 
 
@@ -212,7 +213,7 @@ def as_first(k):
 
 
 def test_several_heads_have_a_coefficient_each_and_their_mean_is_the_loss():
-  grads, metrics = gradient(occ(mtp_depth=2))
+  grads, metrics = gradient(occ(mtp_depth=2, train=0.0))
   heads = [mtp(1), mtp(2)]
   expected = jax.tree.map(jnp.zeros_like, grads)
   for head in heads:
@@ -260,26 +261,34 @@ def model_gradient(*names):
   return jax.jit(step)(model.init(jax.random.key(0), CFG), batch_of(method))[0]
 
 
-METHODS = {'detach': mtp_methods.mtp_detach(1), 'off': occ(plus=0.0), 'ce': mtp_methods.mtp_ce(1)}
+METHODS = {'detach': mtp_methods.mtp_detach(1), 'off': occ(plus=0.0),
+           'silent': occ(plus=0.0, train=0.0), 'ce': mtp_methods.mtp_ce(1)}
 
 
-@pytest.mark.parametrize('names', [('detach',), ('off',), ('detach', 'off')])
-def test_at_its_limits_the_model_learns_bit_for_bit_as_without(names):
-  plain, grads = model_gradient(), model_gradient(*names)
+@pytest.mark.parametrize('names', [('detach',), ('off',), ('silent',), ('detach', 'silent')])
+def test_at_its_limits_the_model_learns_bit_for_bit_as_without_and_the_heads_by_themselves(names):
+  plain, detach, grads = model_gradient(), model_gradient('detach'), model_gradient(*names)
   for name, x in param.flat(plain).items():
     if not name.startswith('mtp/'):
       np.testing.assert_array_equal(x, param.flat(grads)[name], err_msg=name)
-  learns = any(np.any(x) for x in jax.tree.leaves(grads['mtp']))
-  assert learns == ('detach' in names)
+  assert all(np.any(x) for x in jax.tree.leaves(detach['mtp']))
+  close(grads['mtp'], jax.tree.map(lambda x: x * (names != ('silent',)), detach['mtp']))
   assert np.any(model_gradient('ce')['embed']['table'] != plain['embed']['table'])
+
+
+def test_heads_are_trained_by_one_method_only():
+  with pytest.raises(ValueError, match='two terms of one name'):
+    methods.build(('grpo', 'mtp_detach', 'mtp_occ'), {}, max_tokens=4, mtp_depth=1)
+  methods.build(('grpo', 'mtp_detach', 'mtp_occ'), {'mtp_occ': {'train': 0.0}}, max_tokens=4,
+                mtp_depth=1)
 
 
 # ---- Settings
 
 @pytest.mark.parametrize('name, options, message', [
     ('mtp_ce', {}, 'the model has no heads'), ('mtp_occ', {'average': 'x'}, "unknown average 'x'"),
-    ('mtp_occ', {'clip': -1.0}, 'clip is -1.0'), ('mtp_policy', {'old': 'x'}, "unknown old 'x'"),
-    ('mtp_ce', {'detach': ('x',)}, 'detach names')])
+    ('mtp_occ', {'clip': -1.0}, 'clip is -1.0'), ('mtp_occ', {'train': -1.0}, 'train is -1.0'),
+    ('mtp_policy', {'old': 'x'}, "unknown old 'x'"), ('mtp_ce', {'detach': ('x',)}, 'detach names')])
 def test_what_makes_no_sense_is_refused(name, options, message):
   with pytest.raises(ValueError, match=message):
     methods.build((name,), {name: options}, max_tokens=4, mtp_depth=int(bool(options)))
