@@ -5,7 +5,7 @@
 About 30 minutes on 2 cores. Prints the tables of docs/results.md and draws docs/images/reuse.svg.
 
 The main job. Per seed one SFT run, from which all arms go on to a held-out accuracy of 0.9, or for
-120 rollout batches at most, at a constant rate:
+150 rollout batches at most, at a constant rate:
 
   single              every batch is used once
   naive               four times, whatever happens
@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from experiments import common  # noqa: E402
 
 CONFIG = 'configs/rl_arithmetic_reuse.py'
-CAP, AIM, RATE, HIGH = 120, 0.9, 1e-3, 3e-3
+CAP, AIM, RATE, HIGH = 150, 0.9, 1e-3, 3e-3
 SHARED = ('rl.optimizer.schedule=constant', 'rl.optimizer.decay=0')
 SOURCE = common.Arm('source', CONFIG, (*SHARED, 'rl.steps=0'))
 TIMES = 4
