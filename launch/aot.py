@@ -5,7 +5,8 @@
 
 --machine is a TPU slice, as v5e:2x4, v5p:2x2x1 or v6e:2x4, or h200 for one of these. The config's
 mesh is of its devices. The compilers come as packages, the extra `aot`; nothing is executed, no
-parameters are read, and a program that does not fit ends with the compiler's own message.
+parameters are read, and a program that does not fit ends with the compiler's own message. While a
+model samples and scores, the optimiser's moments stay on the device: the last column counts them.
 """
 
 import functools
@@ -62,7 +63,8 @@ def main(arguments: list[str]) -> int:
   vocab_size = config.model.vocab_size or tokenizer_lib.load(config.tokenizer).vocab_size
   cfg = config_lib.model_config(config.model, vocab_size)
   mesh = mesh_lib.make_mesh(config.mesh.to_dict(), devices(options.machine))
-  print('| program | arguments, GiB a device | peak, GiB a device |\n|---|---|---|')
+  print('| program | arguments, GiB a device | peak, GiB a device | peak with all that is held |\n'
+        '|---|---|---|---|')
   for name in config.phases:
     c = config[name]
     if name == 'rl':
@@ -70,18 +72,27 @@ def main(arguments: list[str]) -> int:
                              mtp_depth=cfg.mtp.depth)
       terms = rl_phase.watched(method, c.watch).terms
       rows, length = c.prompts * c.group // c.parts, c.max_prompt + c.max_tokens
-      tell('sampling', sampling(cfg, mesh, c))
     else:
       method = text_phase.make_method(f'{name}.mtp', c.mtp, cfg.mtp.depth, 0)
       terms, rows, length = method.terms, c.rows, c.length
-    tell(f'{name}, train step', train_step(cfg, mesh, c, terms, rows, length))
+    held = tell(f'{name}, train step', train_step(cfg, mesh, c, terms, rows, length))
+    if name == 'rl':
+      tell('scoring', scoring(cfg, mesh, rows // c.microbatches, length), held)
+      tell('sampling', sampling(cfg, mesh, c), held)
   return 0
 
 
-def tell(program: str, compiled: Any) -> None:
+def tell(program: str, compiled: Any, held: int = 0) -> int:
+  """Prints a line of the table; returns the bytes of the program's arguments on a device.
+
+  Args:
+    held: bytes of the train step's arguments, which are there all the time.
+  """
   memory = compiled.memory_analysis()
-  print(f'| {program} | {memory.argument_size_in_bytes / 2**30:.2f} '
-        f'| {memory.peak_memory_in_bytes / 2**30:.2f} |', flush=True)
+  given, peak = memory.argument_size_in_bytes, memory.peak_memory_in_bytes
+  gib = [f'{x / 2**30:.2f}' for x in (given, peak, peak + max(0, held - given))]
+  print(f'| {program} | {" | ".join(gib)} |', flush=True)
+  return given
 
 
 @functools.cache
@@ -166,6 +177,21 @@ def abstract_batch(mesh: Any, terms: tuple, rows: int, length: int) -> Any:
       weights={t.name: floats() for t in terms}, coef={t.name: leaf(jnp.float32) for t in terms},
       data={s: floats() for s in sorted(scores)}, temperature=leaf(jnp.float32),
       use=leaf(jnp.int32), advantage=floats())
+
+
+def scoring(cfg: Any, mesh: Any, rows: int, length: int) -> Any:
+  """The compiled pass without gradient that a method may ask for. rows, length: of one pass."""
+  import jax
+
+  from launch import engine
+  from nn import model, param
+  from nn.types import LOGP
+
+  specs, forward = model.specs(cfg), engine.make_forward(cfg)
+  params = param.abstract(specs, param.shardings(specs, mesh, dict(cfg.rules)))
+  with jax.set_mesh(mesh):
+    return jax.jit(lambda params, batch: forward(params, batch, (LOGP,))[0]).lower(
+        params, abstract_batch(mesh, (), rows, length)).compile(compiler_options(mesh))
 
 
 def sampling(cfg: Any, mesh: Any, c: Any) -> Any:
