@@ -7,7 +7,6 @@ with one microbatch and with two.
 """
 
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
