@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / 'tests' / 'nn')]
 os.environ['JAX_PLATFORMS'] = 'cpu'
-os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = 'true'      # as in the tests: compiling takes longest
+os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = 'true'      # most of the time is compiling
 
 import hf_parity as parity  # noqa: E402
 
@@ -49,7 +49,7 @@ def main():
     with tempfile.TemporaryDirectory() as scratch:
       found = parity.measure(case, scratch)
     rows.append(
-        f'| {case} | ' + ' | '.join(f'{d:.0e}' if d else '0' for d in found.values()) + ' |')
+        f'| {case} | ' + ' | '.join(f'{d:.1e}' if d else '0' for d in found.values()) + ' |')
     print(rows[-1], flush=True)
   head = HEAD.format(version=transformers.__version__, length=parity.LENGTH, new=parity.NEW)
   before, _, _ = DOC.read_text().partition(TITLE)

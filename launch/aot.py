@@ -11,6 +11,7 @@ model samples and scores, the optimiser's moments stay on the device: the last c
 
 import functools
 import importlib
+import logging
 import os
 import sys
 from pathlib import Path
@@ -103,6 +104,8 @@ def devices(machine: str) -> list:
     ValueError: the compiler is not installed, or knows no such machine.
   """
   from jax.experimental import topologies
+  # The plugin for GPUs complains at length where there is no CUDA.
+  logging.getLogger('jax._src.xla_bridge').setLevel(logging.CRITICAL)
   try:
     if machine == 'h200':
       importlib.import_module('jax_plugins.xla_cuda12')

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+from rl import names
+
 THREADS = 16                           # enough for 8 devices; more devices get two each
 
 
@@ -83,10 +85,25 @@ def asking_parser(temperature: float) -> argparse.ArgumentParser:
   return p
 
 
+class Parser(argparse.ArgumentParser):
+  """One whose complaints are ValueErrors: one line, which names an option that is misspelt."""
+
+  def parse_args(self, args: Sequence[str], namespace: None = None) -> argparse.Namespace:
+    known = [name for name in self._option_string_actions if name.startswith('--')]
+    for text in args:
+      name = text.partition('=')[0]
+      if re.fullmatch(r'--[\w-]+', name) and name not in known:
+        raise ValueError(names.unknown('option', name, known))
+    return super().parse_args(args, namespace)
+
+  def error(self, message: str) -> NoReturn:
+    raise ValueError(f'{message}; see --help')
+
+
 def parser(description: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
   """A parser with --debug, to which a command adds its own options. Abbreviations are errors."""
-  p = argparse.ArgumentParser(description=description, parents=parents, allow_abbrev=False,
-                              formatter_class=argparse.RawDescriptionHelpFormatter)
+  p = Parser(description=description, parents=parents, allow_abbrev=False,
+             formatter_class=argparse.RawDescriptionHelpFormatter)
   p.add_argument('--debug', action='store_true',
                  help='show where an error came from (also: NACRE_DEBUG=1)')
   return p

@@ -3,10 +3,12 @@
 import dataclasses
 import shutil
 from collections.abc import Sequence
+from pathlib import Path
 
 import jax
 import numpy as np
 
+from data import tokenizer as tokenizer_lib
 from launch import checkpoint, hf_files, models, talk
 from launch import mesh as mesh_lib
 from nn import lora, model, param
@@ -28,6 +30,8 @@ def to_checkpoint(
   """
   with hf_files.appearing(target) as partial:
     known = models.describe(source)
+    if known.tokenizer and (Path(source) / 'tokenizer.json').is_file():
+      tokenizer_lib.load(known.tokenizer)              # a damaged one is refused here
     opened = hf_files.Opened(source, known.cfg, drop)
     specs, sizes = model.specs(known.cfg), talk.mesh_sizes(mesh)
     places = param.flat(param.shardings(specs, mesh_lib.make_mesh(sizes), dict(known.cfg.rules)))

@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from launch import evaluate
+from launch import convert, evaluate
+from public_qwen3 import RIGHT, write_public
 from saved_models import BYTES, CFG, logp_by_hand, make_config, parrot, write
 
 pytest.importorskip('seqio')
@@ -69,6 +70,20 @@ def test_known_answers_give_known_accuracies(parrots, evaluated, capsys):
   out, err = capsys.readouterr()
   assert 'gsm8k: accuracy 0.5, rows 4, too_long 1' in out
   assert '1 of 2 responses were cut off after 4 tokens' in err and 'answer  3/3 prompts' in err
+
+
+def test_an_imported_model_is_evaluated_as_the_folder_it_came_from(evaluated, tmp_path):
+  write_public(tmp_path / 'public', tmp_path / 'tokenizer')
+  assert convert.main(
+      ['--from-hf', str(tmp_path / 'public'), '--to', str(tmp_path / 'imported')]) == 0
+  rows = [{'question': f'How many {i}?', 'answer': '#### 42'} for i in range(3)]
+  options = ('--num', 4, '--temperature', 1, '--max_tokens', 4, '--template',
+             '<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n')
+  found, lines = evaluated(str(tmp_path / 'imported'), {'gsm8k': rows}, *options)
+  right = [RIGHT in x['output'] for x in lines['gsm8k']]
+  assert [x['correct'] for x in lines['gsm8k']] == right and 0 < sum(right) < len(right) == 12
+  assert found['tasks']['gsm8k']['accuracy'] == np.mean(right)
+  assert evaluated(str(tmp_path / 'public'), {'gsm8k': rows}, *options)[1] == lines
 
 
 def test_letters_stops_templates_and_several_responses(parrots, evaluated):
