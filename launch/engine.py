@@ -13,7 +13,7 @@ import numpy as np
 
 from launch import mesh as mesh_lib
 from nn import model, mtp, score
-from nn.config import ModelConfig
+from nn.config import ModelConfig, without_drops
 from nn.types import Batch, Output, Want
 from rl import sample
 from rl.types import Rows
@@ -42,9 +42,12 @@ def make_forward(cfg: ModelConfig, replay: bool = False) -> Callable:
 def make_decoder(cfg: ModelConfig, record: bool = False) -> sample.Decoder:
   """The model as the sampler sees it, for parameters that went through `nn.model.prepare`.
 
+  No row is dropped, whatever cfg.moe.buffer.
+
   Args:
     record: its extras are the routes, {layer index: [..., top_k]}, in as few bits as hold them.
   """
+  cfg = without_drops(cfg)
   dtype = np.min_scalar_type(-cfg.moe.experts)          # signed, because of -1
 
   def extras(routes):
@@ -63,7 +66,7 @@ def make_decoder(cfg: ModelConfig, record: bool = False) -> sample.Decoder:
 
 def make_score(
     cfg: ModelConfig, mesh: jax.sharding.Mesh, rows: int, replay: bool = False) -> Callable:
-  """A pass without gradient.
+  """A pass without gradient, in which no row is dropped.
 
   score(params, tokens [N, T], end [N], support, routes, data, wants, temperature) -> {Want: numpy
   [N, T, ...]}.
@@ -73,7 +76,7 @@ def make_score(
       the rollout batch.
     replay: take the experts of routes again, where there are any.
   """
-  forward = make_forward(cfg, replay)
+  forward = make_forward(without_drops(cfg), replay)
 
   @functools.partial(jax.jit, static_argnames='wants')
   def one(params, batch, wants):

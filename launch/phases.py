@@ -19,8 +19,9 @@ from launch import engine as engine_lib
 from launch import mesh as mesh_lib
 from launch import step as step_lib
 from launch.loop import Phase
+from moe import layer as moe_layer
 from nn import lora, model, mtp, param
-from nn.config import ModelConfig
+from nn.config import ModelConfig, without_drops
 from rl import compose, gate, methods, sample
 from rl.envs import arithmetic
 from rl.names import unknown
@@ -223,6 +224,7 @@ def build_step(run: Run, terms: tuple, tx: Any, shardings: Any, rows: int, micro
     raise ValueError(
         f'{where}: {rows} rows of an optimiser step cannot be divided into {microbatches} '
         f'microbatches on {ways} devices; take a multiple of {ways * microbatches}')
+  moe_layer.check_buffer(run.cfg, run.mesh.shape)
   loss = step_lib.make_loss(engine_lib.make_forward(run.cfg, replay), terms)
   train_step = step_lib.make_train_step(
       loss, tx, run.specs, microbatches,
@@ -232,7 +234,7 @@ def build_step(run: Run, terms: tuple, tx: Any, shardings: Any, rows: int, micro
 
 def build_gradient(run: Run, terms: tuple, microbatches: int) -> Callable:
   """(params, batch) -> the gradient of the trainable parameters, of one optimiser step."""
-  loss = step_lib.make_loss(engine_lib.make_forward(run.cfg), terms)
+  loss = step_lib.make_loss(engine_lib.make_forward(without_drops(run.cfg)), terms)
   gradient = step_lib.make_gradient(loss, run.specs, microbatches)
   return jax.jit(lambda params, batch: gradient(params, batch)[0],
                  out_shardings=param.split(run.shardings, run.specs)[0])
@@ -274,7 +276,7 @@ def build_text(run: Run, name: str, first: int, last: int) -> Built:
     heldout = {p.name: functools.partial(once, p.examples)
                for p in phase_data.parts(run, name, c.length, c.data, 'heldout')}
     evaluate = text_phase.make_evaluate(
-        engine_lib.make_forward(run.cfg), heldout, run.mesh, run.cfg.mtp.depth)
+        engine_lib.make_forward(without_drops(run.cfg)), heldout, run.mesh, run.cfg.mtp.depth)
   phase = Phase(
       name=name, kind=name, first=first, last=last,
       feed=text_phase.make_feed(reader, method, run.mesh), train_step=train_step, rate=rate,

@@ -40,8 +40,8 @@ def make_loss(forward: Callable, terms: tuple[Term, ...]) -> tuple[Callable, Cal
   Returns:
     loss: (params, batch, sums) -> (scalar, {metric: scalar}); additive over rows, so microbatches
       and devices add up. A model with experts also has metrics['load'], {layer index: [E] int32},
-      and its auxiliary losses in the sum. What a term reports beside its value is a weighted sum;
-      `means` divides it by the weight.
+      perhaps metrics['dropped'] likewise, and its auxiliary losses in the sum. What a term reports
+      beside its value is a weighted sum; `means` divides it by the weight.
     sums: (params, batch) -> {term: {name: []}}, detached, also additive; None if no term asks for
       it. `loss` takes the totals over the optimiser step, or {} when its batch is all of it.
   """
@@ -76,7 +76,7 @@ def make_loss(forward: Callable, terms: tuple[Term, ...]) -> tuple[Callable, Cal
       metrics[f'aux/{name}'] = share * value
       total += share * value
     if output.load:
-      metrics['load'] = output.load
+      metrics |= {'load': output.load, 'dropped': output.dropped}
     if batch.routes is not None:
       metrics |= route_metrics(output.own_routes, batch)
     for term in terms:
@@ -208,7 +208,7 @@ def make_train_step(
 
   def train_step(state: TrainState, batch: Batch, learning_rate: jax.Array):
     grads, metrics = gradient(state.params, batch)
-    load = metrics.pop('load', {})
+    load, dropped = metrics.pop('load', {}), metrics.pop('dropped', {})
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(norm) & jnp.isfinite(metrics['loss'])
     trainable, frozen = param.split(state.params, specs)
@@ -225,7 +225,8 @@ def make_train_step(
         keep(finite, opt_state, state.opt_state))
     if isinstance(opt_state, gate.GateState):
       metrics |= {'gate/z': opt_state.z, 'gate/refused': opt_state.refused.astype(jnp.float32)}
-    metrics |= {'grad_norm': norm, 'nonfinite': (~finite).astype(jnp.float32)} | load_metrics(load)
+    metrics |= {'grad_norm': norm, 'nonfinite': (~finite).astype(jnp.float32)}
+    metrics |= load_metrics(load) | drop_metrics(load, dropped)
     return kept, metrics
 
   return train_step
@@ -258,3 +259,14 @@ def load_metrics(load: dict[int, jax.Array]) -> dict[str, jax.Array]:
       'load/violation': jnp.mean(together('violation')),
       'load/worst_violation': jnp.max(together('violation')),
       'load/idle': jnp.mean(together('idle'))}
+
+
+def drop_metrics(load: dict[int, jax.Array], dropped: dict[int, jax.Array]) -> dict[str, jax.Array]:
+  """How many choices of experts found no room, in all layers together, and their share.
+
+  {layer index: [E]}, {layer index: []} -> {name: []}.
+  """
+  count, all_rows = (sum(jnp.sum(one).astype(jnp.float32) for one in tree.values())
+                     for tree in (dropped, load))
+  return {} if not dropped else {
+      'load/dropped': count, 'load/dropped_share': count / jnp.maximum(all_rows, 1)}

@@ -1,14 +1,16 @@
 """Rows of tokens to the experts and back: on a device, and between those of the expert axis.
 
 N tokens and K experts of each on this device, M = N K rows, E experts, D model width. P devices on
-the expert axis, each with L = E / P experts.
+the expert axis, each with L = E / P experts and a buffer for C rows.
 
-Rows are sorted by expert and nothing is dropped: every buffer holds the worst case. Moving rows is
+Rows are sorted by expert. Buffers hold the worst case, so nothing is dropped, unless a smaller one
+is asked for (`fit`): a row it has no room for goes nowhere, as if its gate were 0. Moving rows is
 linear, and the reverse of every movement here is another one of them; so gradients are moved as
 rows are, and never scattered.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -83,73 +85,128 @@ def local(
   return jnp.einsum('nkd,nk->nd', rows, gates, preferred_element_type=jnp.float32).astype(x.dtype)
 
 
-def exchanged(compute: Compute, axis: str, num_experts: int) -> Compute:
+def exchanged(compute: Compute, axis: str, counts: jax.Array, room: int) -> Compute:
   """`compute` for rows of all E experts, which lie over the devices of a mesh axis.
 
-  To be called inside shard_map. A device's buffer has room for all rows of all P devices, should
-  they all want its experts.
+  To be called inside shard_map.
+
+  Args:
+    counts: [P, P, L] int32, rows from a device to an expert of another, of `gather` or `fit`; no
+      device gets more than `room`.
+    room: C, rows that a device's buffer holds.
   """
-  devices = jax.lax.axis_size(axis)
-  held = num_experts // devices
+  held = counts.shape[2]
 
   def run(rows, sizes):
-    counts = jax.lax.all_gather(sizes, axis).reshape(devices, devices, held)     # from, to, expert
-    lanes = jnp.sum(counts, axis=2)
+    del sizes                          # counts has them
+    road, lanes = Road(axis, len(rows), room), jnp.sum(counts, axis=2)
     mine = jax.lax.dynamic_index_in_dim(
         counts, jax.lax.axis_index(axis), 1, keepdims=False)                     # [P, L]
-    received = send(axis, rows, lanes)             # [P M, D], a lane of M per sender
-    bounds = jnp.cumsum(mine, axis=1)
-    expert = jax.vmap(lambda b: jnp.searchsorted(b, jnp.arange(len(rows)), side='right'))(bounds)
-    order = sort(expert.reshape(-1).astype(jnp.int32))
+    received = send(road, rows, lanes)                         # [C, D], by sender, then by expert
+    sender_and_expert = jnp.searchsorted(
+        jnp.cumsum(mine.reshape(-1)), jnp.arange(room), side='right')
+    expert = jnp.where(sender_and_expert < mine.size, sender_and_expert % held, held)
+    order = sort(expert.astype(jnp.int32))
     y = compute(take(received, order.source, order.target[:, None]), jnp.sum(mine, axis=0))
-    return send_back(axis, take(y, order.target, order.source[:, None]), lanes)
+    return send(road.back, take(y, order.target, order.source[:, None]), lanes.T)
 
   return run
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def send(axis: str, rows: jax.Array, lanes: jax.Array) -> jax.Array:
-  """Rows to the devices that want them: [M, D] -> [P M, D].
+def gather(sizes: jax.Array, axis: str) -> jax.Array:
+  """Every device's rows for every expert: [E] -> [P, P, L] (from, to, expert of that one)."""
+  devices = jax.lax.axis_size(axis)
+  return jax.lax.all_gather(sizes, axis).reshape(devices, devices, -1)
 
-  The result has a lane of M rows for every sender, with zeros behind what it sent.
+
+class Road(NamedTuple):
+  """Between the devices of a mesh axis."""
+  axis: str
+  before: int                          # rows of a device's array,
+  after: int                           # and of what it becomes
+
+  @property
+  def back(self) -> 'Road':
+    return Road(self.axis, self.after, self.before)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def send(road: Road, rows: jax.Array, lanes: jax.Array) -> jax.Array:
+  """Rows to the devices that want them: [before, D] -> [after, D].
+
+  They arrive by sender, and zeros are behind them. The reverse, which the derivative is, goes the
+  road back with the lanes transposed.
 
   Args:
     rows: in the order of the devices they go to; rows that go nowhere are last.
     lanes: [P, P] int32, how many rows go from a device to another.
   """
-  devices, me, num_rows = len(lanes), jax.lax.axis_index(axis), len(rows)
-  begin = jnp.cumsum(lanes[me]) - lanes[me]
+  axis, devices, me = road.axis, len(lanes), jax.lax.axis_index(road.axis)
+  leaving, arriving = lanes[me], lanes[:, me]
+  begin = jnp.cumsum(leaving) - leaving
   if platform() != 'cpu':
-    target = jnp.full(devices, me * num_rows, jnp.int32)
-    buffer = jnp.zeros((devices * num_rows, rows.shape[1]), rows.dtype)
+    target = (jnp.cumsum(lanes, axis=0) - lanes)[me]
+    buffer = jnp.zeros((road.after, rows.shape[1]), rows.dtype)
     return jax.lax.ragged_all_to_all(
-        rows, buffer, begin, lanes[me], target, lanes[:, me], axis_name=axis)
-  place = jnp.arange(num_rows)
-  lane = jnp.take(rows, begin[:, None] + place, axis=0, mode='clip')
-  lane = jnp.where((place < lanes[me][:, None])[..., None], lane, 0)
-  return jax.lax.all_to_all(lane, axis, 0, 0).reshape(devices * num_rows, -1)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def send_back(axis: str, rows: jax.Array, lanes: jax.Array) -> jax.Array:
-  """The reverse of `send`: [P M, D] -> [M, D], zeros for rows that went nowhere."""
-  devices, me, num_rows = len(lanes), jax.lax.axis_index(axis), len(rows) // len(lanes)
-  begin = jnp.cumsum(lanes, axis=1) - lanes      # where a device's rows for another one begin
-  if platform() != 'cpu':
-    source = jnp.arange(devices, dtype=jnp.int32) * num_rows
-    buffer = jnp.zeros((num_rows, rows.shape[1]), rows.dtype)
-    return jax.lax.ragged_all_to_all(
-        rows, buffer, source, lanes[:, me], begin[:, me], lanes[me], axis_name=axis)
-  lane = jax.lax.all_to_all(
-      rows.reshape(devices, num_rows, -1), axis, 0, 0).reshape(devices * num_rows, -1)
-  place = jnp.arange(num_rows)
-  device = jnp.searchsorted(jnp.cumsum(lanes[me]), place, side='right')
+        rows, buffer, begin, leaving, target, arriving, axis_name=axis)
+  width = min(road.before, road.after)           # no two devices can have more for each other
+  lane = jnp.take(rows, begin[:, None] + jnp.arange(width), axis=0, mode='clip')
+  lane = jax.lax.all_to_all(lane, axis, 0, 0).reshape(devices * width, -1)
+  end, place = jnp.cumsum(arriving), jnp.arange(road.after)
+  device = jnp.searchsorted(end, place, side='right')
   safe = jnp.minimum(device, devices - 1)
-  out = jnp.take(lane, safe * num_rows + place - begin[me][safe], axis=0, mode='clip')
+  out = jnp.take(lane, safe * width + place - (end - arriving)[safe], axis=0, mode='clip')
   return jnp.where((device < devices)[:, None], out, 0)
 
 
-send.defvjp(lambda axis, rows, lanes: (send(axis, rows, lanes), lanes),
-            lambda axis, lanes, grad: (send_back(axis, grad, lanes), None))
-send_back.defvjp(lambda axis, rows, lanes: (send_back(axis, rows, lanes), lanes),
-                 lambda axis, lanes, grad: (send(axis, grad, lanes), None))
+send.defvjp(lambda road, rows, lanes: (send(road, rows, lanes), lanes),
+            lambda road, lanes, grad: (send(road.back, grad, lanes.T), None))
+
+
+# ---- Buffers that do not hold everything
+
+def capacity(buffer: float, num_rows: int, devices: int) -> int:
+  """C, rows of a device's buffer.
+
+  Args:
+    buffer: nn.config.MoE.buffer, times M, what a device gets under even loads, in whole tiles of
+      eight rows; 0: all rows of all devices, should they want one device's experts.
+    num_rows: M.
+  """
+  most = devices * num_rows
+  return min(most, -(-math.ceil(buffer * num_rows) // 8) * 8) if buffer else most
+
+
+def fit(counts: jax.Array, room: int) -> jax.Array:
+  """As many of the rows as devices have room for: [P, P, L] (from, to, expert) -> the same.
+
+  A device takes min(C, all) rows: of every expert up to a common number, which is as high as fits;
+  one more of the first experts that have more, until it is full. Of an expert's rows the first
+  ones are taken, by device and then by token.
+  """
+  quota = jax.vmap(lambda wanted: level(wanted, room))(jnp.sum(counts, axis=0))
+  return jnp.clip(quota - (jnp.cumsum(counts, axis=0) - counts), 0, counts)
+
+
+def level(wanted: jax.Array, room: int) -> jax.Array:
+  """What `fit` gives to the experts of a device: [L] int32 -> [L]."""
+  small = jnp.sort(wanted)
+  # If all but the n smallest get the same, it is this much; never more than fits.
+  number = jnp.max((room - jnp.cumsum(small) + small) // jnp.arange(len(small), 0, -1))
+  given = jnp.minimum(wanted, number)
+  more = wanted > number
+  return given + (more & (jnp.cumsum(more) <= room - jnp.sum(given)))
+
+
+def first(experts: jax.Array, sizes: jax.Array, kept: jax.Array) -> jax.Array:
+  """The choice without the rows that are dropped: [N, K] int32, with E in their place.
+
+  Args:
+    experts: [N, K] int32; E: none.
+    sizes: [E] int32, rows of every expert.
+    kept: [E] int32, how many of them stay, the first ones by token.
+  """
+  flat, num_experts = experts.reshape(-1), len(sizes)
+  safe = jnp.minimum(flat, num_experts - 1)
+  rank = sort(flat).target - (jnp.cumsum(sizes) - sizes)[safe]
+  return jnp.where(rank < kept[safe], flat, num_experts).reshape(experts.shape)

@@ -7,6 +7,7 @@ of the shared one.
 import dataclasses
 import functools
 import math
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +68,8 @@ def apply(
   Returns:
     [B, T, D], and what there is to report: routes [B, T, K] int32 (-1 at padding), own_routes
     likewise (what the router chose), load [E] int32, and the auxiliary losses, already times their
-    coefficients: means over all tokens of the batch, on all devices.
+    coefficients: means over all tokens of the batch, on all devices. With cfg.moe.buffer also
+    dropped [] int32, how many of the choices in load had no room; load and routes have them all.
   """
   if routes is None:
     routes = jnp.full((*segments.shape, cfg.moe.top_k), -1, jnp.int32)
@@ -75,7 +77,8 @@ def apply(
       name: params[name] for name in ('router', 'bias', 'gate', 'up', 'down') if name in params}
   experts = {name: w.merged() if isinstance(w, Adapted) else w for name, w in experts.items()}
   y, routes, stats = split_over_devices(cfg, experts, x, segments, routes)
-  extras = {'aux_loss': router.losses(stats, cfg.moe), 'load': stats['load'], **routes}
+  counted = {name: stats[name] for name in ('load', 'dropped') if name in stats}
+  extras = {'aux_loss': router.losses(stats, cfg.moe), **counted, **routes}
   if 'shared' in params:
     y = y + shared(params, cfg, x)
   return y, extras
@@ -102,6 +105,7 @@ def split_over_devices(
 ) -> tuple[jax.Array, dict, dict]:
   """`routed` on every device's tokens and experts; its result, and statistics of all tokens."""
   mesh = jax.sharding.get_abstract_mesh()
+  check_buffer(cfg, mesh.shape)
   if mesh.size <= 1 or cfg.moe.dispatch == 'global':
     if mesh.size > 1 and cfg.moe.matmul == 'auto':     # the compiler can split loops, and no kernel
       cfg = dataclasses.replace(cfg, moe=dataclasses.replace(cfg.moe, matmul='blocks'))
@@ -127,6 +131,20 @@ def split_over_devices(
   return y, routes, jax.tree.map(lambda a: jnp.sum(a, axis=0), stats)
 
 
+def check_buffer(cfg: ModelConfig, mesh: Mapping[str, int]) -> None:
+  """Refuses a buffer that nothing would go through.
+
+  Args:
+    mesh: {axis: devices along it}.
+  """
+  rules = dict(cfg.rules)
+  split = {name for name in rules['expert'] if mesh.get(name, 1) > 1}
+  if cfg.moe.buffer and not (split and split <= {*rules['batch'], *rules['time']}):
+    raise ValueError(
+        f'model.moe.buffer is {cfg.moe.buffer}, but no rows travel to experts on other devices: '
+        f'the mesh is {dict(mesh)}; set mesh.expert above 1, or model.moe.buffer to 0')
+
+
 def routed(
     params: dict, x: jax.Array, segments: jax.Array, routes: jax.Array, *, cfg: ModelConfig,
     rows: tuple[str, ...], expert: tuple[str, ...], ffw: tuple[str, ...],
@@ -138,7 +156,8 @@ def routed(
     rows, expert, ffw: mesh axes that tokens, experts and the inner width are split over.
 
   Returns:
-    [B, T, D], {routes, own_routes: [B, T, K]}, and `router.statistics` with a leading axis of 1.
+    [B, T, D], {routes, own_routes: [B, T, K]}, and `router.statistics` with a leading axis of 1;
+    with cfg.moe.buffer among them dropped, this device's.
   """
   num_rows, length, width = x.shape
   flat, real = x.reshape(-1, width), segments.reshape(-1) != 0
@@ -148,8 +167,17 @@ def routed(
   chosen, sizes = jnp.where(real[:, None], choice.experts, cfg.moe.experts), stats['load']
   compute = functools.partial(feed_forward, params, cfg.moe.matmul)
   apart = set(expert) <= set(rows)       # devices along the expert axis have tokens of their own
+  if cfg.moe.buffer:
+    stats['dropped'] = jnp.int32(0)
   if expert and apart:
-    compute = dispatch.exchanged(compute, expert[0], cfg.moe.experts)
+    counts = dispatch.gather(sizes, expert[0])
+    room = dispatch.capacity(cfg.moe.buffer, chosen.size, len(counts))
+    if room < chosen.size * len(counts):
+      counts = dispatch.fit(counts, room)
+      kept = counts[jax.lax.axis_index(expert[0])].reshape(-1)
+      stats['dropped'] = jnp.sum(sizes - kept)
+      chosen, sizes = dispatch.first(chosen, sizes, kept), kept
+    compute = dispatch.exchanged(compute, expert[0], counts, room)
   elif expert:                           # all have the same tokens: each does its experts' share
     held = cfg.moe.experts // jax.lax.axis_size(expert[0])
     first = jax.lax.axis_index(expert[0]) * held

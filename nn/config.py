@@ -113,6 +113,10 @@ class MoE:
   matmul: str = 'auto'                 # implementation, see kernels/grouped_matmul
   # Each device sorts its own tokens, or 'global': the compiler splits one sort of all.
   dispatch: str = 'auto'
+  # Where rows travel to experts on other devices: rows that a device has room for in a train step,
+  # as a multiple of its share under even loads, of at least 1. What does not fit is dropped and
+  # counted, as load/dropped. 0: the worst case, nothing is dropped.
+  buffer: float = 0.0
 
   def __post_init__(self):
     for name in ('experts', 'top_k', 'groups', 'top_groups'):
@@ -125,6 +129,12 @@ class MoE:
       raise ValueError(f'model.moe.scores is {self.scores!r}, wanted softmax or sigmoid')
     if self.dispatch not in ('auto', 'global'):
       raise ValueError(f'model.moe.dispatch is {self.dispatch!r}, wanted auto or global')
+    if self.buffer and not 1 <= self.buffer < math.inf:
+      raise ValueError(f'model.moe.buffer is {self.buffer}, wanted at least 1, room for even '
+                       'loads, or 0 for the worst case')
+    if self.buffer and self.dispatch == 'global':
+      raise ValueError(f'model.moe.buffer is {self.buffer}, which has no effect where '
+                       "model.moe.dispatch is 'global'; leave one of them out")
     if self.experts % self.groups:
       raise ValueError(f'model.moe.experts {self.experts} is not a multiple of '
                        f'model.moe.groups {self.groups}')
@@ -421,7 +431,12 @@ def from_dict(fields: Mapping[str, Any]) -> ModelConfig:
 RUN_FIELDS = {
     '': ('max_length', 'dtype', 'remat', 'unroll', 'attention', 'score_chunk', 'rules', 'lora'),
     'gdn': ('implementation', 'chunk'),
-    'moe': ('balance_loss', 'z_loss', 'bias_rate', 'matmul', 'dispatch')}
+    'moe': ('balance_loss', 'z_loss', 'bias_rate', 'matmul', 'dispatch', 'buffer')}
+
+
+def without_drops(cfg: ModelConfig) -> ModelConfig:
+  """The model with room for every row, for passes that have nowhere to count drops."""
+  return dataclasses.replace(cfg, moe=dataclasses.replace(cfg.moe, buffer=0.0))
 
 
 def architecture(cfg: ModelConfig) -> dict[str, Any]:

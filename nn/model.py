@@ -385,6 +385,6 @@ def _collect(extras: list[dict]) -> dict:
   count = lambda name: sum(name in e.get('metrics', {}) for e in extras)
   return {
       'aux_loss': add('aux_loss'),
-      **{name: _by_index(extras, name) for name in ('routes', 'own_routes', 'load')},
+      **{name: _by_index(extras, name) for name in ('routes', 'own_routes', 'load', 'dropped')},
       'metrics': {name: total / count(name) for name, total in add('metrics').items()},
   }

@@ -103,6 +103,8 @@ class Output:
   own_routes: dict[int, jax.Array] = dataclasses.field(default_factory=dict)
   # {layer index: [experts] int32}, sums
   load: dict[int, jax.Array] = dataclasses.field(default_factory=dict)
+  # {layer index: [] int32}, of these choices those that found no room, under model.moe.buffer
+  dropped: dict[int, jax.Array] = dataclasses.field(default_factory=dict)
   metrics: dict[str, jax.Array] = dataclasses.field(default_factory=dict)   # {name: []}
 
 

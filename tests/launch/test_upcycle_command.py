@@ -24,6 +24,8 @@ SOURCE = (*DENSE, 'sft.steps=4', 'model.ffn=moe', 'model.moe.experts=4', 'model.
           'model.moe.bias_rate=0.01', 'model.repeats=2')
 FFN = "['blocks']['0']['ffn']"
 MATRICES = ('gate', 'up', 'down')
+# Experts under another optimiser and in RL: as small as they go.
+SMALL = ('streams=2', 'model.repeats=1', 'model.ffn=moe', 'model.moe.experts=4')
 
 
 @pytest.fixture(scope='module')
@@ -40,6 +42,16 @@ def dense(tmp_path_factory):
   workdir = tmp_path_factory.mktemp('dense')
   assert train_runs.run(workdir, *DENSE) == 0
   return workdir
+
+
+@pytest.fixture(scope='module')
+def unbegun(tmp_path_factory):
+  """Runs with experts that have not begun, without a selection bias and with a fixed one."""
+  folder = tmp_path_factory.mktemp('unbegun')
+  for name, bias in (('plain', 'false'), ('fixed', 'true')):
+    assert train_runs.run(folder / name, *SMALL, 'phases=sft', 'sft.steps=0',
+                          f'model.moe.bias={bias}') == 0
+  return folder
 
 
 def grow(folder, output, *options):
@@ -96,6 +108,67 @@ def test_what_is_grown_and_what_stays(source, tmp_path, how, options):
     if FFN not in name:
       np.testing.assert_array_equal(new[name], x, err_msg=name)
   assert (tmp_path / 'out' / growth.PLOT).read_text().startswith('<?xml')
+
+
+def test_copies_part_by_fixed_selection_biases(unbegun, tmp_path):
+  grow(unbegun / 'fixed', tmp_path / 'out', '--noise', '0.5')
+  new = train_runs.state(tmp_path / 'out', 0)
+  originals, copies = np.split(leaves(new, 'params', 'bias'), 2, axis=1)
+  np.testing.assert_array_equal(originals, 0)         # as they began
+  assert 0.1 < np.sqrt(np.mean(copies**2)) < 1.5 and len(np.unique(copies)) == copies.size
+  np.testing.assert_array_equal(*np.split(leaves(new, 'params', 'router'), 2, axis=2))
+
+
+def test_fresh_experts_have_nothing_of_the_others(source, tmp_path):
+  found = grow(source, tmp_path / 'out', '--selection', 'fresh')
+  assert found['how']['optimizer'] == 'reset'
+  old, new = (train_runs.state(w, 4) for w in (source, tmp_path / 'out'))
+  for part in ('params', 'mu', 'nu'):
+    for name in (*MATRICES, 'router'):
+      was = leaves(old, part, name)
+      kept, fresh = np.split(leaves(new, part, name), 2, axis=2 if name == 'router' else 1)
+      np.testing.assert_array_equal(kept, was)
+      assert was.any() and ((fresh != was).all() if part == 'params' else not fresh.any()), name
+  kept, fresh = np.split(leaves(new, 'params', 'bias'), 2, axis=1)
+  np.testing.assert_array_equal(kept, leaves(old, 'params', 'bias'))
+  assert kept.any() and not fresh.any()
+
+
+def test_muons_momentum_grows_and_training_goes_on(tmp_path):
+  muon = (*SMALL, 'phases=sft', 'sft.optimizer.name=muon', 'eval.every=0')
+  assert train_runs.run(tmp_path / 'in', *muon, 'sft.steps=1') == 0
+  grow(tmp_path / 'in', tmp_path / 'out')
+  old, new = (train_runs.state(tmp_path / name, 1) for name in ('in', 'out'))
+  assert not any("['nu']" + FFN in name and name.endswith("['up']") for name in old)
+  for name in MATRICES:
+    momentum = leaves(old, 'mu', name)
+    np.testing.assert_array_equal(leaves(new, 'mu', name), np.tile(momentum, (1, 2, 1, 1)))
+    assert momentum.any()
+  for part in ('mu', 'nu'):                           # the router is Adam's
+    np.testing.assert_array_equal(
+        leaves(new, part, 'router'), np.tile(leaves(old, part, 'router'), (1, 1, 2)))
+  assert train_runs.run(tmp_path / 'out', *muon, 'sft.steps=2', 'model.moe.experts=8') == 0
+  assert list(train_runs.logged(tmp_path / 'out')) == [('sft', 2)]
+
+
+def test_a_run_grows_in_the_middle_of_rl(tmp_path):
+  both = (*SMALL, 'phases=sft,rl', 'sft.steps=1', 'rl.prompts=2', 'rl.group=2', 'eval.rows=2')
+  source, out = tmp_path / 'in', tmp_path / 'out'
+  assert train_runs.run(source, *both, 'rl.steps=1') == 0
+  found = grow(source, out, '--selection', 'weight')
+  assert train_runs.steps(out) == [2] and train_runs.memory(source, 2) == train_runs.memory(out, 2)
+  # The reference is that of the first part, grown by the same index, and answers alike.
+  index = np.array(found['layers']['blocks/0/ffn']['sources'])
+  tables = [model.specs(read(w)[0]) for w in (source, out)]
+  old, new = (param.flat(checkpoint.load_params(w / 'reference', param.abstract(specs)))
+              for w, specs in zip((source, out), tables))
+  for name in MATRICES:
+    at = f'blocks/0/ffn/{name}'
+    np.testing.assert_array_equal(new[at], np.take(old[at], index[0], axis=1))
+    assert np.any(new[at] != param.flat(read(out)[1])[at])      # the policy has moved on
+  assert train_runs.run(out, *both, 'rl.steps=2', 'model.moe.experts=8') == 0
+  logged = train_runs.logged(out)
+  assert list(logged) == [('rl', 3)] and logged['rl', 3]['nonfinite'] == 0
 
 
 def test_it_is_the_seed_that_decides(source, tmp_path):
@@ -200,14 +273,15 @@ def test_on_eight_devices_it_is_the_same_and_nobody_holds_more(source, tmp_path)
 
 
 @pytest.fixture(scope='module')
-def others(source, dense, tmp_path_factory):
-  """Checkpoints by name: source, dense, and one that says it is of an RL phase."""
+def others(source, dense, unbegun, tmp_path_factory):
+  """Checkpoints by name; rl says of itself that it is of an RL phase."""
   rl = tmp_path_factory.mktemp('rl') / '4'
   shutil.copytree(source / checkpoint.FOLDER / '4', rl)
   path = rl / 'meta' / 'metadata'
   meta = json.loads(path.read_text())
   path.write_text(json.dumps(meta | {'phase': 'rl', 'phases': ['rl']}))
-  return {'source': source, 'dense': dense, 'rl': rl}
+  return {'source': source, 'dense': dense, 'rl': rl, 'plain': unbegun / 'plain',
+          'fixed': unbegun / 'fixed'}
 
 
 @pytest.mark.parametrize('name, options, match', [
@@ -215,6 +289,12 @@ def others(source, dense, tmp_path_factory):
     ('source', ('--selection', 'best'), "unknown one 'best'"),
     ('source', ('--cap', '2'), "without effect: upcycle.cap = 2"),
     ('source', ('--router_noise', '1'), 'without effect: upcycle.router_noise'),
+    ('fixed', ('--router_noise', '1'), 'without effect: upcycle.router_noise'),
+    ('plain', ('--noise', '1'), 'without effect: upcycle.noise'),
+    ('source', ('--selection', 'fresh', '--optimizer', 'reset'),
+     'without effect: upcycle.optimizer'),
+    ('source', ('--selection', 'fresh', '--noise', '0'), 'without effect: upcycle.noise'),
+    ('source', ('--selection', 'fresh', '--cap', '1'), 'without effect: upcycle.cap'),
     ('source', ('--config.sft.length=8',), 'without effect: sft.length = 8'),
     ('source', ('--selection', 'weight', '--cap', '0'), 'upcycle.cap is 0'),
     ('source', ('--config.mesh.expert=8',), "axis 'expert' of size 4 cannot be split 8 ways"),

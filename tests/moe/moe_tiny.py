@@ -84,14 +84,20 @@ def chosen_by_hand(params: dict, cfg: ModelConfig, x: jax.Array, segments: jax.A
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def dense(params: dict, cfg: ModelConfig, x: jax.Array, chosen: np.ndarray) -> jax.Array:
-  """The layer by its definition: every expert on every token, and gates that are mostly zero."""
+def dense(
+    params: dict, cfg: ModelConfig, x: jax.Array, chosen: np.ndarray, kept: np.ndarray = True,
+) -> jax.Array:
+  """The layer by its definition: every expert on every token, and gates that are mostly zero.
+
+  kept: [B, T, E] bool, false where a choice was dropped.
+  """
   moe = cfg.moe
   logits = jnp.einsum('btd,de->bte', x, params['router'])
   scores = jax.nn.softmax(logits) if moe.scores == 'softmax' else jax.nn.sigmoid(logits)
   gates = jnp.where(chosen, scores, 0)
   if moe.renormalise:
     gates = gates / jnp.where(chosen.any(-1, keepdims=True), gates.sum(-1, keepdims=True), 1)
+  gates = jnp.where(kept, gates, 0)
   inner = jax.nn.silu(jnp.einsum('btd,edf->btef', x, params['gate'])) * jnp.einsum(
       'btd,edf->btef', x, params['up'])
   y = moe.scale * jnp.einsum('btef,efd,bte->btd', inner, params['down'], gates)

@@ -127,6 +127,29 @@ def test_counters_of_copies_begin_at_zero():
       upcycle.grow_load(jnp.array([5, 6, 7]), np.array([0, 1, 2, 2, 0, 2])), [5, 6, 7, 0, 0, 0])
 
 
+def test_fresh_experts_are_those_that_a_run_of_the_seed_would_begin_with():
+  specs, params = model.specs(CFG), tiny.draw(model.specs(CFG))
+  # With two groups copies lie among originals.
+  index, after = upcycle.select(specs, 2, groups=2), model.specs(wider(CFG, 2))
+  renew = jax.jit(
+      lambda tree, seed: upcycle.renew(upcycle.grow(tree, specs, index), after, index, seed))
+  begin = jax.jit(lambda seed: param.init(jax.random.key(seed), after))
+  fresh, begun, old = (param.flat(tree) for tree in (renew(params, 7), begin(7), params))
+  for name, spec in param.flat(after).items():
+    if 'expert' not in spec.axes:
+      np.testing.assert_array_equal(fresh[name], old[name], err_msg=name)
+      continue
+    now, first, was = (
+        np.moveaxis(np.asarray(tree[name]), spec.axes.index('expert'), 0)
+        for tree in (fresh, begun, old))
+    np.testing.assert_array_equal(now[[0, 1, 4, 5]], was, err_msg=name)
+    np.testing.assert_allclose(
+        now[[2, 3, 6, 7]], first[[2, 3, 6, 7]], rtol=1e-5, atol=1e-7, err_msg=name)
+  other = param.flat(renew(params, 8))
+  assert np.any(other['head/0/ffn/up'] != fresh['head/0/ffn/up'])
+  np.testing.assert_array_equal(fresh['head/0/ffn/bias'][jnp.array([2, 3, 6, 7])], 0)
+
+
 # ---- The function at the switch
 
 @pytest.mark.parametrize(
@@ -155,11 +178,12 @@ def test_two_experts_of_doubled_ones_are_the_sources_best():
 
 # ---- Noise, and what it is for
 
-@pytest.mark.parametrize('bias_rate', [0.0, 0.01])
-def test_noise_is_on_copies_only_absolute_and_of_the_seed(bias_rate):
-  cfg, params, specs = scale(bias_rate=bias_rate)
-  name = 'bias' if bias_rate else 'router'
-  if bias_rate:
+@pytest.mark.parametrize('settings', [{}, {'bias_rate': 0.01}, {'bias': True}])
+def test_noise_is_on_copies_only_absolute_and_of_the_seed(settings):
+  """Without a selection bias, with one that moves, with one that is fixed."""
+  cfg, params, specs = scale(**settings)
+  name = 'bias' if settings else 'router'
+  if settings:
     # All equal: noise in proportion to their spread would be none.
     params['ffn']['bias'] = jnp.full(4, 0.3)
   index = upcycle.select(specs, 2)
@@ -172,8 +196,8 @@ def test_noise_is_on_copies_only_absolute_and_of_the_seed(bias_rate):
   np.testing.assert_array_equal(noisy['ffn'][name][..., :4], grown['ffn'][name][..., :4])
   step = np.asarray(noisy['ffn'][name] - grown['ffn'][name])[..., 4:]
   assert (step != 0).all()
-  size = 1e-3 if bias_rate else 0.01 * np.sqrt(np.mean(np.square(params['ffn']['router'])))
-  np.testing.assert_allclose(np.sqrt(np.mean(step**2)), size, rtol=0.7 if bias_rate else 0.3)
+  size = 1e-3 if settings else 0.01 * np.sqrt(np.mean(np.square(params['ffn']['router'])))
+  np.testing.assert_allclose(np.sqrt(np.mean(step**2)), size, rtol=0.7 if settings else 0.3)
   np.testing.assert_array_equal(noisy['ffn'][name], again['ffn'][name])
   assert np.any(noisy['ffn'][name] != other['ffn'][name])
 
