@@ -11,7 +11,7 @@ The main job. Per seed one SFT run, from which all arms go on to a held-out accu
   naive               four times, whatever happens
   gate 0.1, 0.5, 1    up to four times, with the gate's threshold
 
-naive and gate 0.5 run at three times the learning rate, too.
+naive and gate 0.5 run at three times the learning rate, too, for 80 batches at most.
 """
 
 import sys
@@ -24,7 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from experiments import common  # noqa: E402
 
 CONFIG = 'configs/rl_arithmetic_reuse.py'
-CAP, AIM, RATE, HIGH = 150, 0.9, 1e-3, 3e-3
+AIM, RATE, HIGH = 0.9, 1e-3, 3e-3
+CAP = {RATE: 150, HIGH: 80}            # rollout batches
 SHARED = ('rl.optimizer.schedule=constant', 'rl.optimizer.decay=0')
 SOURCE = common.Arm('source', CONFIG, (*SHARED, 'rl.steps=0'))
 TIMES = 4
@@ -36,9 +37,10 @@ KINDS |= {('naive', HIGH): NAIVE, ('gate 0.5', HIGH): ('rl.gate.threshold=0.5',)
 
 def main() -> None:
   options = common.parser(__doc__, 'runs/reuse').parse_args()
-  run = (*SHARED, f'rl.steps={CAP}', f'rl.until=eval/accuracy>={AIM}', 'eval.every=5')
+  run = (*SHARED, f'rl.until=eval/accuracy>={AIM}', 'eval.every=5')
   arms = {(name, rate): common.Arm(
-      f'{name} {rate}', CONFIG, (*run, f'rl.optimizer.learning_rate={rate}', *changes),
+      f'{name} {rate}', CONFIG,
+      (*run, f'rl.steps={CAP[rate]}', f'rl.optimizer.learning_rate={rate}', *changes),
       flags=('--allow_config_change',), start=common.copy_of(options.workdir, SOURCE))
       for (name, rate), changes in KINDS.items()}
   if not options.only_table:
