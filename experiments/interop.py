@@ -50,7 +50,9 @@ def main():
         f'| {case} | ' + ' | '.join(f'{d:.0e}' if d else '0' for d in found.values()) + ' |')
     print(rows[-1], flush=True)
   head = HEAD.format(version=transformers.__version__, length=parity.LENGTH, new=parity.NEW)
-  (ROOT / 'docs' / 'interop.md').write_text(head + '\n'.join(rows) + '\n')
+  page = ROOT / 'docs' / 'interop.md'
+  below = page.read_text().rpartition(' |\n')[2]          # the table, written by hand
+  page.write_text(head + '\n'.join(rows) + '\n' + below)
 
 
 if __name__ == '__main__':

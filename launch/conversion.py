@@ -27,7 +27,7 @@ def to_checkpoint(
       '': they stay. The model then is no longer one of the folder's type.
   """
   with hf_files.appearing(target) as partial:
-    known = models.describe(source)
+    known = models.describe(source, drop)
     opened = hf_files.Opened(source, known.cfg, drop)
     specs, sizes = model.specs(known.cfg), talk.mesh_sizes(mesh)
     places = param.flat(param.shardings(specs, mesh_lib.make_mesh(sizes), dict(known.cfg.rules)))

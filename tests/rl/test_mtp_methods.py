@@ -288,7 +288,8 @@ def test_heads_are_trained_by_one_method_only():
 @pytest.mark.parametrize('name, options, message', [
     ('mtp_ce', {}, 'the model has no heads'), ('mtp_occ', {'average': 'x'}, "unknown average 'x'"),
     ('mtp_occ', {'clip': -1.0}, 'clip is -1.0'), ('mtp_occ', {'train': -1.0}, 'train is -1.0'),
-    ('mtp_policy', {'old': 'x'}, "unknown old 'x'"), ('mtp_ce', {'detach': ('x',)}, 'detach names')])
+    ('mtp_policy', {'old': 'x'}, "unknown old 'x'"),
+    ('mtp_ce', {'detach': ('x',)}, 'detach names')])
 def test_what_makes_no_sense_is_refused(name, options, message):
   with pytest.raises(ValueError, match=message):
     methods.build((name,), {name: options}, max_tokens=4, mtp_depth=int(bool(options)))
