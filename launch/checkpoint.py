@@ -31,6 +31,7 @@ from nn.config import MTP, ModelConfig
 Tree = Any
 
 FOLDER = 'checkpoints'
+HEADS = 'params/mtp/'      # how names of the heads of multi-token prediction begin in the meta data
 PACKAGE = 'nacre'
 TRASH = 'deleted'          # moved here first: a half-deleted step must not look like a whole one
 ROOT = Path(__file__).resolve().parent.parent
@@ -233,6 +234,8 @@ def load_memory(folder: Path) -> Tree:
 def check_params(path: str | Path, abstract_params: Tree, cfg: ModelConfig | None = None) -> None:
   """Compares parameters that a path means, see `find`, with a template; reads no arrays.
 
+  Heads of multi-token prediction that the template lacks are left out.
+
   Args:
     cfg: the model, without which Hugging Face folders cannot be read.
 
@@ -251,19 +254,24 @@ def _held(cfg: ModelConfig, abstract_params: Tree) -> ModelConfig:
 
 
 def _check_folder(folder: Path, abstract_params: Tree) -> None:
-  found = {k: v for k, v in read_meta(folder)['leaves'].items() if k.startswith('params/')}
+  found = {k: v for k, v in read_meta(folder)['leaves'].items()
+           if k.startswith('params/') and ('mtp' in abstract_params or not k.startswith(HEADS))}
   _compare(folder, found, _leaves({'params': abstract_params}), dtypes=False)
 
 
 def as_saved(path: str | Path, abstract_params: Tree) -> Tree:
   """abstract_params without what path's model lacks: adapters, heads of multi-token prediction."""
-  if hf_files.is_folder(path):
-    saved = {'mtp'} if hf_files.model_config(path).mtp.depth else set()
-  else:
-    saved = {name.split('/')[1] for name in read_meta(find(path))['leaves']
-             if name.startswith('params/')}
+  saved = optional(path)
   return {name: part for name, part in abstract_params.items()
           if name in saved or name not in ('lora', 'mtp')}
+
+
+def optional(path: str | Path) -> set[str]:
+  """Which of lora and mtp the model that a path means has."""
+  if hf_files.is_folder(path):
+    return {'mtp'} if hf_files.model_config(path).mtp.depth else set()
+  return {name.split('/')[1] for name in read_meta(find(path))['leaves']
+          if name.startswith(('params/lora/', HEADS))}
 
 
 def load_params(path: str | Path, abstract_params: Tree, cfg: ModelConfig | None = None) -> Tree:

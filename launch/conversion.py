@@ -29,7 +29,7 @@ def to_checkpoint(
       '': they stay. The model then is no longer one of the folder's type.
   """
   with hf_files.appearing(target) as partial:
-    known = models.describe(source)
+    known = models.describe(source, drop)
     if known.tokenizer and (Path(source) / 'tokenizer.json').is_file():
       tokenizer_lib.load(known.tokenizer)              # a damaged one is refused here
     opened = hf_files.Opened(source, known.cfg, drop)

@@ -20,8 +20,10 @@ from launch import cli  # noqa: E402
 def main(arguments: list[str]) -> int:
   options = parse(arguments)
   cli.prepare(arguments)
-  from launch import conversion
+  from launch import conversion, hf_files
   if options.from_hf:
+    if found := hf_files.heads(options.from_hf, options.drop):
+      print(f'{options.from_hf}: {found}')
     count = conversion.to_checkpoint(
         options.from_hf, options.to, options.mesh, options.drop, options.warm_start)
     print(f'{options.to}: {count:,} parameters of {options.from_hf}')
@@ -36,7 +38,7 @@ def parse(arguments: list[str]):
   p.add_argument('--from-hf', default='', help='Hugging Face folder to read')
   p.add_argument('--to', default='', help='checkpoint to write; must not exist')
   p.add_argument('--drop', action='append', default=[],
-                  help="pattern of tensors to leave out, as 'model.mtp.*'; "
+                  help="pattern of tensors to leave out, as 'mtp.*' or 'model.visual.*'; "
                        'may be given several times')
   p.add_argument('--warm-start', default='', choices=('', 'kda', 'fg2', 'fg2_plus', 'gdn2'),
                  help='variant that layers of Gated DeltaNet or KDA become; the same function')

@@ -48,11 +48,13 @@ class Origin:
 
   config, generation: contents of config.json and generation_config.json.
   kind: the tensors' dtype, a key of DTYPES; kinds: of those that have another.
+  lacking: copies of tables for heads of multi-token prediction that were not there.
   """
   config: dict[str, Any]
   generation: dict[str, Any]
   kind: str
   kinds: dict[str, str]
+  lacking: Sequence[str] = ()
 
 
 def is_folder(path: str | Path) -> bool:
@@ -74,21 +76,57 @@ def read_config(folder: str | Path, name: str = 'config.json') -> dict[str, Any]
   return content
 
 
-def model_config(folder: str | Path) -> ModelConfig:
-  """The model that a folder's config.json describes."""
+def model_config(folder: str | Path, drop: Sequence[str] = ()) -> ModelConfig:
+  """The model in a folder: config.json's, without heads of multi-token prediction that it counts
+  if none of their tensors is there.
+
+  Args:
+    drop: patterns of tensors that shall not count.
+  """
+  whole, patterns = _counted(folder)
+  if not patterns or any(map(_matching(patterns), tensors(folder, drop))):
+    return whole
+  return hf.model_config(read_config(folder))
+
+
+def heads(folder: str | Path, drop: Sequence[str] = ()) -> str:
+  """A sentence on what `model_config` makes of heads; '': there can be none."""
+  whole, patterns = _counted(folder)
+  if not patterns:
+    return ''
+  count = lambda drop: sum(map(_matching(patterns), tensors(folder, drop)))
+  there, listed = count(()), ', '.join(patterns)
+  if not there:
+    return f'no heads of multi-token prediction: no tensor of {listed} is there'
+  if not count(drop):
+    return f'heads of multi-token prediction are left out: {there} tensors of {listed}'
+  return f'{whole.mtp.depth} head(s) of multi-token prediction: {there} tensors of {listed}'
+
+
+def _counted(folder: str | Path) -> tuple[ModelConfig, tuple[str, ...]]:
+  """The model with all heads that config.json counts, and the patterns of tensors that decide."""
+  config = read_config(folder)
   try:
-    return hf.model_config(read_config(folder))
+    whole = hf.model_config(config, heads=True)
+    return whole, hf.of_heads(hf.family_of(config), whole)
   except ValueError as error:
     raise ValueError(f'{folder}: {error}') from error
+
+
+def _matching(patterns: Sequence[str]) -> Callable[[str], bool]:
+  return lambda name: any(fnmatch(name, p) for p in patterns)
 
 
 def read_origin(folder: str | Path) -> Origin:
   kinds = {name: t.kind for name, t in tensors(folder).items()}
   kind = collections.Counter(kinds.values()).most_common(1)[0][0]
   has_generation = (Path(folder) / 'generation_config.json').is_file()
-  return Origin(read_config(folder),
+  config = read_config(folder)
+  copies = hf.copies(hf.family_of(config), model_config(folder))
+  return Origin(config,
                 read_config(folder, 'generation_config.json') if has_generation else {},
-                kind, {name: k for name, k in kinds.items() if k != kind})
+                kind, {name: k for name, k in kinds.items() if k != kind},
+                [p.tensor for p in copies if p.tensor not in kinds])
 
 
 def tensors(folder: str | Path, drop: Sequence[str] = ()) -> dict[str, Stored]:
@@ -123,7 +161,8 @@ def tensors(folder: str | Path, drop: Sequence[str] = ()) -> dict[str, Stored]:
   for name, file in index.items():
     if name not in all_found or all_found[name].file.name != file:
       raise ValueError(f'{name} is missing in {folder / file}, where {INDEX} says it is')
-  found = {name: t for name, t in all_found.items() if not any(fnmatch(name, p) for p in drop)}
+  dropped = _matching(drop)
+  found = {name: t for name, t in all_found.items() if not dropped(name)}
   for name, t in found.items():
     if t.kind not in DTYPES:
       raise ValueError(f'{name} in {t.file} has dtype {t.kind}; known are {", ".join(DTYPES)}')
@@ -170,24 +209,38 @@ class Opened:
   """A folder that holds a given model, checked.
 
   Args:
-    cfg: the model; its config must be that of the folder in all but what a run chooses.
+    cfg: the model; its config must be that of the folder in all but what a run chooses. One without
+      heads of multi-token prediction leaves those of the folder out.
     drop: patterns of tensors that shall not count.
 
   Raises:
-    ValueError: another model; tensors that are missing, not wanted or misshapen.
+    ValueError: another model; tensors that are missing, not wanted or misshapen; a copy that is
+      none.
   """
 
   def __init__(self, folder: str | Path, cfg: ModelConfig, drop: Sequence[str] = ()):
-    if other := hf.differences(model_config(folder), cfg):
+    drop = (*drop, *(() if cfg.mtp.depth else _counted(folder)[1]))
+    if other := hf.differences(model_config(folder, drop), cfg):
       listed = '; '.join(f'model.{name} is {mine!r}, there it is {theirs!r}'
                          for name, theirs, mine in other[:5])
       raise ValueError(f'{folder} holds another model: {listed}')
     self._found = tensors(folder, drop)
-    shapes = {name: t.shape for name, t in self._found.items()}
+    shapes, family = {n: t.shape for n, t in self._found.items()}, hf.family_of(read_config(folder))
     try:
-      self._plan = hf.plan(hf.family_of(read_config(folder)), cfg, shapes)
+      self._plan = hf.plan(family, cfg, shapes)
     except ValueError as error:
       raise ValueError(f'{folder}: {error}') from error
+    for copy in hf.copies(family, cfg):
+      self._check_copy(copy.tensor, self._plan[copy.path][0].tensor)
+
+  def _check_copy(self, name: str, original: str) -> None:
+    if name in self._found:
+      one, other = (self._found[n] for n in (name, original))
+      if one.kind != other.kind or not np.array_equal(mapped(one), mapped(other)):
+        raise ValueError(
+            f'{name} in {one.file} is not the same as {original} in {other.file}. Our heads of '
+            f'multi-token prediction have no tables of their own; drop {name} for them to take '
+            "the model's")
 
   def dtype(self, path: str) -> np.dtype:
     """The narrowest that holds all a parameter is made of."""
@@ -231,7 +284,9 @@ def save(
   """
   family, config = describe(cfg, origin)
   pieces = collections.defaultdict(list)
-  for piece in hf.pieces(family, cfg):
+  lacking = origin.lacking if origin else ()
+  copies = [p for p in hf.copies(family, cfg) if p.tensor not in lacking]
+  for piece in hf.pieces(family, cfg) + copies:
     pieces[piece.path].append(piece)
   kinds = lambda name: kind or (origin.kinds.get(name, origin.kind) if origin else 'F32')
   shapes = {p.tensor: (kinds(p.tensor), p.layout.theirs) for some in pieces.values() for p in some}

@@ -24,15 +24,18 @@ class Known(NamedTuple):
   origin: hf_files.Origin | None       # the public folder that it came from
 
 
-def describe(path: str | Path) -> Known:
+def describe(path: str | Path, drop: Sequence[str] = ()) -> Known:
   """What a checkpoint says of its model; reads no parameters.
+
+  Args:
+    drop: patterns of tensors of a Hugging Face folder that shall not count.
 
   Raises:
     ValueError: there is no checkpoint, or it holds parameters alone.
   """
   if hf_files.is_folder(path):
     has_tokenizer = any(hf_files.tokenizer_files(path))
-    return Known(hf_files.model_config(path), str(path) if has_tokenizer else '',
+    return Known(hf_files.model_config(path, drop), str(path) if has_tokenizer else '',
                  hf_files.read_origin(path))
   folder = checkpoint.find(path)
   meta = checkpoint.read_meta(folder)
@@ -67,8 +70,9 @@ def adopt(config: ConfigDict, path: str, explicit: Sequence[str]) -> None:
       key = f'model.{part}{name}'
       if name in RUN_FIELDS.get(part.strip('.'), ()):
         continue
-      if not part and name == 'mtp' and not found['mtp']['depth']:
-        continue                         # heads may be added
+      if not part and name == 'mtp' and (
+          not found['mtp']['depth'] or 'model.mtp.depth' in explicit and not block.mtp.depth):
+        continue                         # heads may be added, and left out
       if not part and name in PARTS:
         visit(block[name], default[name], found[name], f'{name}.')
         continue

@@ -227,7 +227,7 @@ def open_log(run: Run, built: list[Built], settings: Settings, saved: dict | Non
       run.workdir, total_steps=built[-1].phase.last, resumed=step,
       tensorboard=settings.tensorboard, wandb=settings.wandb,
       phase_ends={b.phase.name: b.phase.last for b in built})
-  log.summary(describe(run, built, saved))
+  log.summary(describe(run, built, saved, settings.init))
   for phase, change in changes.items():
     log.warn(step, f'{phase}: {change}; as allowed, the phase reads them from their beginning')
   for b in built:
@@ -241,8 +241,8 @@ def warn_of_rows(log: metrics.Logger, built: Built, step: int) -> None:
     log.warn(step, f'{built.phase.name}: {rows} rows {fault}; the first: {first}')
 
 
-def describe(run: Run, built: list[Built], saved: dict | None) -> list[tuple[str, str]]:
-  """The start-up summary: (name, value) lines."""
+def describe(run: Run, built: list[Built], saved: dict | None, init: str) -> list[tuple[str, str]]:
+  """The start-up summary: (name, value) lines. init: checkpoint that a new run begins with."""
   devices = jax.devices()
   largest = built[-1].run.specs
   size = lambda table: param.bytes_per_device(table, run.mesh, dict(run.cfg.rules))
@@ -263,6 +263,7 @@ def describe(run: Run, built: list[Built], saved: dict | None) -> list[tuple[str
   adapters = []
   if run.cfg.lora.rank:
     adapters = [('adapters', f'{param.count(run.specs["lora"]):,} parameters; the others stay')]
+  ahead = heads('' if saved else init, run.cfg)
   resumed = f', resumed at step {saved["step"]}' if saved else ''
   return [
       ('devices', f'{len(devices)} x {devices[0].device_kind}, {jax.process_count()} process(es)'),
@@ -270,6 +271,7 @@ def describe(run: Run, built: list[Built], saved: dict | None) -> list[tuple[str
       ('model', f'{param.count(run.specs):,} parameters, {len(run.cfg.layers)} layers, '
                 f'compute in {run.cfg.dtype}'),
       *adapters,
+      *([('heads', ahead)] if ahead else []),
       ('bytes per device', f'{held:,} parameters + {moments:,} optimiser + '
                            f'{gradients:,} gradients'),
       ('attention', kind),
@@ -278,6 +280,17 @@ def describe(run: Run, built: list[Built], saved: dict | None) -> list[tuple[str
         for b in built),
       *grows,
       ('workdir', f'{run.workdir}{resumed}')]
+
+
+def heads(init: str, cfg: ModelConfig) -> str:
+  """What becomes of heads of multi-token prediction; '': nothing would have any."""
+  there = bool(init) and 'mtp' in checkpoint.optional(init)
+  if cfg.mtp.depth:
+    begin = f', of {init}' if there else f', fresh: {init} has none' if init else ''
+    return f'{cfg.mtp.depth} for multi-token prediction{begin}'
+  if there:
+    return f'those of {init} are left out, as model.mtp.depth is 0'
+  return hf_files.heads(init) if init and hf_files.is_folder(init) else ''
 
 
 def reaches(cfg: ModelConfig) -> list[tuple[int, int]]:

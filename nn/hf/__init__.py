@@ -6,15 +6,15 @@ from typing import Any
 from nn.config import ModelConfig, architecture, from_dict
 from nn.hf import hybrid, latent, llama, own
 from nn.hf.keys import Keys
-from nn.hf.table import Family, Piece, pieces, plan, read, write
+from nn.hf.table import Family, Piece, copies, of_heads, pieces, plan, read, write
 
 FAMILIES = {f.model_type: f for f in (
-    llama.LLAMA, llama.QWEN2, llama.QWEN3, llama.QWEN3_MOE, llama.MIXTRAL, llama.GEMMA3,
+    llama.LLAMA, llama.QWEN2, llama.MIMO, llama.QWEN3, llama.QWEN3_MOE, llama.MIXTRAL, llama.GEMMA3,
     latent.DEEPSEEK_V3, latent.GLM4_MOE, hybrid.QWEN3_NEXT, hybrid.QWEN3_5, hybrid.QWEN3_5_MOE,
     hybrid.KIMI_LINEAR)}
 
-__all__ = ['FAMILIES', 'Family', 'Piece', 'choose', 'family_of', 'model_config', 'pieces', 'plan',
-           'public_config', 'read', 'write']
+__all__ = ['FAMILIES', 'Family', 'Piece', 'choose', 'copies', 'differences', 'family_of',
+           'model_config', 'of_heads', 'pieces', 'plan', 'public_config', 'read', 'write']
 
 
 def family_of(config: Mapping[str, Any]) -> Family:
@@ -28,8 +28,12 @@ def family_of(config: Mapping[str, Any]) -> Family:
   return FAMILIES[name]
 
 
-def model_config(config: Mapping[str, Any]) -> ModelConfig:
+def model_config(config: Mapping[str, Any], heads: bool = False) -> ModelConfig:
   """The model that a config.json describes.
+
+  Args:
+    heads: with the heads of multi-token prediction that it counts. Published folders often lack
+      their tensors, since transformers reads none, so those decide, see Family.heads.
 
   Raises:
     ValueError: names keys that are missing, or that say what our model does not do.
@@ -37,7 +41,7 @@ def model_config(config: Mapping[str, Any]) -> ModelConfig:
   if config.get('quantization_config'):
     raise ValueError('config.json has a quantization_config; only whole floats are read')
   family = family_of(config)
-  keys = Keys(_text(config), family.defaults)
+  keys = Keys(_text(config), family.defaults, heads)
   fields = family.read(keys)
   keys.finish()
   return from_dict(fields)
@@ -55,12 +59,12 @@ def public_config(
   Raises:
     ValueError: names what the family cannot say of the model.
   """
-  original = _text(original or {})
-  if original and not differences(model_config(original), cfg):
+  original, heads = _text(original or {}), cfg.mtp.depth > 0
+  if original and not differences(model_config(original, heads), cfg):
     return dict(original)
   new = {'architectures': [family.architecture], 'model_type': family.model_type,
          **family.write(cfg)}
-  if lost := differences(model_config(new), cfg):
+  if lost := differences(model_config(new, heads), cfg):
     listed = '; '.join(f'model.{name} is {mine!r}, not {theirs!r}' for name, theirs, mine in lost)
     raise ValueError(f'a model of type {family.model_type} cannot say that {listed}')
   kept = ('bos_token_id', 'eos_token_id', 'pad_token_id', 'initializer_range')

@@ -1,4 +1,7 @@
-"""Stacks with linear attention: Qwen3-Next, Qwen3.5 (text), dense and with experts, Kimi-Linear."""
+"""Stacks with linear attention: Qwen3-Next, Qwen3.5 (text), dense and with experts, Kimi-Linear.
+
+Qwen's head of multi-token prediction is a layer with full attention, under names of its own.
+"""
 
 import dataclasses
 from typing import Any
@@ -56,6 +59,14 @@ QWEN_EXPERTS = (
     Entry(LAYER + 'mlp.shared_expert_gate.weight', 'ffn/shared_gate', '1 embed -> embed',
           of=('moe',)),
 )
+MTP = 'mtp.layers.0.'
+HEAD = tuple(
+    Entry('mtp.' + name, f'mtp/{{head}}/{path}', layout)
+    for name, path, layout in (
+        ('pre_fc_norm_embedding.weight', 'embedding_norm/scale', 'embed -> embed'),
+        ('pre_fc_norm_hidden.weight', 'hidden_norm/scale', 'embed -> embed'),
+        ('fc.weight', 'project', 'embed joined -> joined embed'),
+        ('norm.weight', 'norm/scale', 'embed -> embed')))
 KDA = tuple(
     Entry(f'{LAYER}self_attn.{name}', f'mixer/{path}', layout, of=('gdn',))
     for name, path, layout in (
@@ -105,12 +116,22 @@ def sizes(cfg: ModelConfig) -> dict[str, int | str]:
       'q': 'key', 'k': 'key', 'v': 'ratio value', 'z': 'ratio value', 'b': 'ratio', 'a': 'ratio'}
 
 
+def read_head(keys: Keys, ffn: str) -> dict[str, Any]:
+  """Qwen's head, one where config.json counts none, as other engines assume."""
+  depth = keys.depth('mtp_num_hidden_layers', 1)
+  if depth > 1:
+    raise ValueError(f'config.json: mtp_num_hidden_layers is {depth}; known is 0 or 1: several '
+                     'share one projection')
+  if keys('mtp_use_dedicated_embeddings', False) and depth:
+    raise ValueError('config.json: mtp_use_dedicated_embeddings is True; known is False')
+  return keys_lib.read_mtp(depth, 'attention', ffn)
+
+
 def read_qwen(keys: Keys, ffns: list[str]) -> dict[str, Any]:
   """What Qwen3-Next and Qwen3.5 have in common. ffns: of the layers."""
   keys.expect('hidden_act', 'silu')
   keys.expect('attn_output_gate', True)
-  for name in ('mtp_num_hidden_layers', 'mtp_use_dedicated_embeddings', 'mamba_ssm_dtype'):
-    keys(name, None)                   # of layers after the last; of other engines' states
+  keys('mamba_ssm_dtype', None)        # of other engines' states
   interval = keys('full_attention_interval', 4)
   mixers = llama.layer_types(keys, [
       'linear_attention' if (i + 1) % interval else 'full_attention'
@@ -124,8 +145,8 @@ def read_qwen(keys: Keys, ffns: list[str]) -> dict[str, Any]:
       'num_key_heads': keys('linear_num_key_heads'), 'key_dim': keys('linear_key_head_dim'),
       'value_dim': keys('linear_value_head_dim'), 'conv': keys('linear_conv_kernel_dim'),
       'norm_eps': fields['norm_eps']}
-  return fields | keys_lib.stack(list(zip(mixers, ffns, strict=True))) | (
-      {'gdn': gdn} if 'gdn' in mixers else {})
+  return fields | keys_lib.stack(list(zip(mixers, ffns, strict=True))) | read_head(
+      keys, 'moe' if 'moe' in ffns else 'mlp') | ({'gdn': gdn} if 'gdn' in mixers else {})
 
 
 def write_qwen(cfg: ModelConfig) -> dict[str, Any]:
@@ -164,13 +185,17 @@ def read_qwen3_5(keys: Keys) -> dict[str, Any]:
   return read_qwen(keys, ['mlp'] * keys('num_hidden_layers'))
 
 
+def write_qwen3_5(cfg: ModelConfig) -> dict[str, Any]:
+  return write_qwen(cfg) | {'mtp_num_hidden_layers': cfg.mtp.depth}
+
+
 def read_qwen3_5_moe(keys: Keys) -> dict[str, Any]:
   fields = read_qwen(keys, ['moe'] * keys('num_hidden_layers'))
   return fields | {'moe': read_experts(keys) | {'renormalise': True}}
 
 
 def write_qwen3_5_moe(cfg: ModelConfig) -> dict[str, Any]:
-  out = write_qwen(cfg) | write_experts(cfg)
+  out = write_qwen3_5(cfg) | write_experts(cfg)
   del out['intermediate_size']
   return out
 
@@ -197,7 +222,7 @@ def read_kimi(keys: Keys) -> dict[str, Any]:
   for name, only in KIMI_ALWAYS.items():
     keys.expect(name, only)
   for name in ('rope_theta', 'qk_head_dim', 'num_nextn_predict_layers'):
-    keys(name, None)                   # nothing is turned; nothing comes after the last layer
+    keys(name, None)                   # nothing is turned; no heads of multi-token prediction
   mixers, ffns = read_kimi_layers(keys)
   mla, linear = latent.read_mla(keys), keys('linear_attn_config', {})
   sizes = keys_lib.read_sizes(keys, 'model_max_length') | {'head_dim': mla['rope_dim']}
@@ -247,18 +272,28 @@ COMMON = {
     'partial_rotary_factor': 0.25, 'norm_topk_prob': True, 'decoder_sparse_step': 1,
     'linear_conv_kernel_dim': 4, 'head_dim': 256}
 ALL = llama.ENDS + llama.NORMS + GATED_ATTENTION + GDN
+FUSED = llama.FUSED + llama.of_heads(llama.FUSED, MTP)
+
+
+def with_head(entries: tuple[Entry, ...]) -> tuple[Entry, ...]:
+  """A model's entries and those of its head."""
+  layer = tuple(e for e in entries if e.name.startswith(LAYER) and 'gdn' not in e.of)
+  return entries + llama.of_heads(layer, MTP) + HEAD
+
+
 QWEN3_NEXT = Family(
     model_type='qwen3_next', architecture='Qwen3NextForCausalLM', sizes=sizes,
-    entries=ALL + GDN_BY_GROUP + llama.MLP + QWEN_EXPERTS, fused=llama.FUSED,
+    entries=with_head(ALL + GDN_BY_GROUP + llama.MLP + QWEN_EXPERTS), fused=FUSED, heads='mtp.',
     read=read_qwen3_next, write=write_qwen3_next, defaults=COMMON)
 DENSE = ALL + GDN_APART + llama.MLP
 SPARSE_ONLY = ALL + GDN_APART + QWEN_EXPERTS
 QWEN3_5 = Family(
-    model_type='qwen3_5_text', architecture='Qwen3_5ForCausalLM', sizes=sizes, entries=DENSE,
-    fused=inside(DENSE), read=read_qwen3_5, write=write_qwen, defaults=COMMON)
+    model_type='qwen3_5_text', architecture='Qwen3_5ForCausalLM', sizes=sizes,
+    entries=with_head(DENSE), fused=inside(DENSE), heads='mtp.', read=read_qwen3_5,
+    write=write_qwen3_5, defaults=COMMON)
 QWEN3_5_MOE = Family(
     model_type='qwen3_5_moe_text', architecture='Qwen3_5MoeForCausalLM', sizes=sizes,
-    entries=SPARSE_ONLY, fused=llama.FUSED + inside(SPARSE_ONLY + llama.FUSED),
+    entries=with_head(SPARSE_ONLY), fused=FUSED + inside(SPARSE_ONLY + llama.FUSED), heads='mtp.',
     read=read_qwen3_5_moe, write=write_qwen3_5_moe,
     defaults=COMMON | {'intermediate_size': 1})    # of the dense layers that there are not
 # Models that see, of which only the text is read: tensors of the rest are to be dropped.

@@ -21,10 +21,13 @@ class Keys:
   Args:
     config: its content.
     defaults: of keys that it may leave out.
+    heads: whether heads of multi-token prediction count, which config.json may name although there
+      are no tensors of theirs.
   """
 
-  def __init__(self, config: Mapping[str, Any], defaults: Mapping[str, Any] | None = None):
-    self._config, self._defaults = config, defaults or {}
+  def __init__(self, config: Mapping[str, Any], defaults: Mapping[str, Any] | None = None,
+               heads: bool = False):
+    self._config, self._defaults, self._heads = config, defaults or {}, heads
     self._read = set()
 
   def __call__(self, name: str, default: Any = REQUIRED) -> Any:
@@ -44,6 +47,11 @@ class Keys:
       raise ValueError(
           f'config.json: {name} is {value!r}; known is {" or ".join(map(repr, known))}')
     return value
+
+  def depth(self, name: str, default: int) -> int:
+    """The number of heads, which this key says."""
+    found = self(name, default)
+    return found if self._heads else 0
 
   def finish(self) -> None:
     """Refuses keys that nobody read, unless they are harmless, null, false or empty."""
@@ -163,6 +171,19 @@ def stack(layers: Sequence[tuple[str, str]]) -> dict[str, Any]:
   entries: list[Layer] = [mixer if f == ffn else (mixer, f) for mixer, f in layers]
   return {'head': tuple(entries[:head]), 'pattern': tuple(entries[head:head + period]),
           'repeats': repeats, 'tail': tuple(entries[head + repeats * period:]), 'ffn': ffn}
+
+
+def read_mtp(
+    depth: int, mixer: str, ffn: str, order: tuple[str, ...] = ('embedding', 'hidden'),
+) -> dict[str, Any]:
+  """The field mtp, as public families have heads.
+
+  They join the embedding with what is behind the last norm, of the model or the head before: our
+  reading of engines that draft with them. Some of these also set the embedding that a text's first
+  pair has to 0; heads here read it, as arXiv:2412.19437 has it.
+  """
+  return {'mtp': {'depth': depth, 'layer': (mixer, ffn), 'order': order, 'hidden': 'after'}
+          if depth else {}}
 
 
 def _scaling(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""DeepSeek-V3 and GLM-4.5: dense layers, then experts chosen by sigmoids with a selection bias."""
+"""DeepSeek-V3 and GLM-4.5: dense layers, then experts chosen by sigmoids with a selection bias.
+
+Heads of multi-token prediction are layers behind the last, with more tensors than the others.
+"""
 
 from typing import Any
 
@@ -55,6 +58,19 @@ def sizes(cfg: ModelConfig) -> dict[str, int | str]:
       'key_dim': m.nope_dim + m.rope_dim, 'q_rank': cfg.mla.q_rank, 'shared': cfg.moe.shared_dim}
 
 
+# What a head has beside a layer. Copies of the two tables lie beside these.
+HEAD = tuple(
+    Entry(LAYER + name, path, layout)
+    for name, path, layout in (
+        ('enorm.weight', 'embedding_norm/scale', 'embed -> embed'),
+        ('hnorm.weight', 'hidden_norm/scale', 'embed -> embed'),
+        ('eh_proj.weight', 'project', 'embed joined -> joined embed'),
+        ('shared_head.norm.weight', 'norm/scale', 'embed -> embed')))
+COPIES = (
+    Entry(LAYER + 'embed_tokens.weight', 'embed/table', 'vocab embed -> vocab embed'),
+    Entry(LAYER + 'shared_head.head.weight', 'unembed/table', 'vocab embed -> vocab embed'))
+
+
 def read_mla(keys: Keys) -> dict[str, Any]:
   return {'q_rank': keys('q_lora_rank', 0), 'kv_rank': keys('kv_lora_rank'),
           'nope_dim': keys('qk_nope_head_dim'), 'rope_dim': keys('qk_rope_head_dim'),
@@ -91,18 +107,20 @@ def read_stack(keys: Keys, mixer: str) -> dict[str, Any]:
   """Layers and experts, and what says of them only what they always are."""
   for name, only in ALWAYS.items():
     keys.expect(name, only)
-  for name in ('ep_size', 'seq_aux', 'aux_loss_alpha', 'num_nextn_predict_layers'):
-    keys(name, None)                   # of its training, and of layers after the last
+  for name in ('ep_size', 'seq_aux', 'aux_loss_alpha'):
+    keys(name, None)                   # of its training
   count, dense = keys('num_hidden_layers'), keys('first_k_dense_replace')
-  ffns = ['mlp' if i < dense else 'moe' for i in range(count)]
-  moe = read_sigmoid(keys)
-  return keys_lib.stack([(mixer, ffn) for ffn in ffns]) | ({'moe': moe} if 'moe' in ffns else {})
+  depth = keys.depth('num_nextn_predict_layers', 0)
+  kinds = ['mlp' if i < dense else 'moe' for i in range(count + 1)]
+  ffns, moe = kinds[:count + bool(depth)], read_sigmoid(keys)
+  return keys_lib.stack([(mixer, ffn) for ffn in kinds[:count]]) | keys_lib.read_mtp(
+      depth, mixer, kinds[count]) | ({'moe': moe} if 'moe' in ffns else {})
 
 
 def write_stack(cfg: ModelConfig) -> dict[str, Any]:
-  dense = [ffn for _, ffn in cfg.layers].count('mlp')
-  return {'hidden_act': 'silu', 'first_k_dense_replace': dense, 'num_nextn_predict_layers': 0,
-          **write_sigmoid(cfg)}
+  dense = [ffn for _, ffn in cfg.all_layers].count('mlp')
+  return {'hidden_act': 'silu', 'first_k_dense_replace': dense,
+          'num_nextn_predict_layers': cfg.mtp.depth, **write_sigmoid(cfg)}
 
 
 def read_deepseek(keys: Keys) -> dict[str, Any]:
@@ -137,15 +155,18 @@ COMMON = ALWAYS | {
     'tie_word_embeddings': False, 'rope_theta': 10_000.0, 'attention_bias': False,
     'norm_topk_prob': True, 'n_shared_experts': 1}
 
+DEEPSEEK_LAYER = llama.NORMS + MLA + llama.MLP + EXPERTS
+GLM_LAYER = llama.NORMS + llama.ATTENTION + llama.MLP + EXPERTS
+FUSED = llama.FUSED + llama.of_heads(llama.FUSED)
 DEEPSEEK_V3 = Family(
     model_type='deepseek_v3', architecture='DeepseekV3ForCausalLM', sizes=sizes,
-    entries=llama.ENDS + llama.NORMS + MLA + llama.MLP + EXPERTS, fused=llama.FUSED,
-    read=read_deepseek, write=write_deepseek,
+    entries=llama.ENDS + DEEPSEEK_LAYER + llama.of_heads(DEEPSEEK_LAYER + HEAD), fused=FUSED,
+    copies=COPIES, heads=LAYER, read=read_deepseek, write=write_deepseek,
     defaults=COMMON | {'rope_interleave': True, 'first_k_dense_replace': 3, 'n_group': 8,
                        'topk_group': 4, 'routed_scaling_factor': 2.5})
 GLM4_MOE = Family(
     model_type='glm4_moe', architecture='Glm4MoeForCausalLM', sizes=sizes,
-    entries=llama.ENDS + llama.NORMS + llama.ATTENTION + llama.MLP + EXPERTS, fused=llama.FUSED,
-    read=read_glm, write=write_glm,
+    entries=llama.ENDS + GLM_LAYER + llama.of_heads(GLM_LAYER + HEAD), fused=FUSED,
+    copies=COPIES, heads=LAYER, read=read_glm, write=write_glm,
     defaults=COMMON | {'use_qk_norm': False, 'first_k_dense_replace': 1, 'n_group': 1,
                        'topk_group': 1, 'routed_scaling_factor': 1.0, 'partial_rotary_factor': 0.5})

@@ -1,5 +1,9 @@
-"""Decoders of attention layers: Llama 3, Qwen2.5, Qwen3, Qwen3-MoE, Mixtral, Gemma 3 (text)."""
+"""Decoders of attention layers: Llama 3, Qwen2.5, MiMo, Qwen3, Qwen3-MoE, Mixtral, Gemma 3 (text).
 
+MiMo is Qwen2.5 with heads of multi-token prediction under names of their own.
+"""
+
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,9 +20,9 @@ def sizes(cfg: ModelConfig) -> dict[str, int | str]:
   """Factors of the layouts below."""
   inner = cfg.moe.ffw_dim or cfg.ffw_dim // cfg.moe.top_k
   return {
-      'vocab': cfg.vocab_size, 'embed': cfg.embed_dim, 'heads': cfg.num_heads,
-      'kv_heads': cfg.num_kv_heads, 'head_dim': cfg.head_dim, 'ffw': cfg.ffw_dim,
-      'experts': cfg.moe.experts, 'inner': inner, 'gate': inner, 'up': inner}
+      'vocab': cfg.vocab_size, 'embed': cfg.embed_dim, 'joined': 2 * cfg.embed_dim,
+      'heads': cfg.num_heads, 'kv_heads': cfg.num_kv_heads, 'head_dim': cfg.head_dim,
+      'ffw': cfg.ffw_dim, 'experts': cfg.moe.experts, 'inner': inner, 'gate': inner, 'up': inner}
 
 
 ENDS = (
@@ -83,6 +87,20 @@ FUSED = (
     Entry(LAYER + 'mlp.experts.down_proj', 'ffn/down',
           'experts embed inner -> experts inner embed', of=('moe',)),
 )
+MTP = 'model.mtp_layers.'
+MIMO_HEAD = tuple(
+    Entry(LAYER + name, path, layout)
+    for name, path, layout in (
+        ('token_layernorm.weight', 'embedding_norm/scale', 'embed -> embed'),
+        ('hidden_layernorm.weight', 'hidden_norm/scale', 'embed -> embed'),
+        ('input_proj.weight', 'project', 'embed joined -> joined embed'),
+        ('final_layernorm.weight', 'norm/scale', 'embed -> embed')))
+
+
+def of_heads(entries: tuple[Entry, ...], place: str = LAYER) -> tuple[Entry, ...]:
+  """The same tensors of the layer in a head of multi-token prediction. place: for LAYER."""
+  return tuple(dataclasses.replace(
+      e, name=e.name.replace(LAYER, place), path=f'mtp/{{head}}/{e.path}') for e in entries)
 
 
 def read_bias(keys: Keys) -> tuple[str, ...]:
@@ -164,6 +182,17 @@ def write_qwen(cfg: ModelConfig) -> dict[str, Any]:
 
 def read_qwen2(keys: Keys) -> dict[str, Any]:
   return read_qwen(keys) | {'attention_bias': ('q', 'k', 'v')}
+
+
+def read_mimo(keys: Keys) -> dict[str, Any]:
+  keys.expect('attention_bias', True)
+  depth = keys.depth('num_nextn_predict_layers', 0)
+  return read_qwen2(keys) | keys_lib.read_mtp(
+      depth, 'attention', 'mlp', ('hidden', 'embedding'))
+
+
+def write_mimo(cfg: ModelConfig) -> dict[str, Any]:
+  return write_qwen(cfg) | {'attention_bias': True, 'num_nextn_predict_layers': cfg.mtp.depth}
 
 
 def read_qwen3(keys: Keys) -> dict[str, Any]:
@@ -266,14 +295,19 @@ def write_gemma3(cfg: ModelConfig) -> dict[str, Any]:
 
 
 def family(
-    model_type: str, architecture: str, entries, read, write, fused=(), **defaults) -> Family:
+    model_type: str, architecture: str, entries, read, write, fused=(), heads='',
+    **defaults) -> Family:
   common: Mapping[str, Any] = {'tie_word_embeddings': False, 'rope_theta': 10_000.0}
   return Family(model_type=model_type, architecture=architecture, entries=entries, sizes=sizes,
-                read=read, write=write, fused=fused, defaults={**common, **defaults})
+                read=read, write=write, fused=fused, heads=heads, defaults={**common, **defaults})
 
 
 LLAMA = family('llama', 'LlamaForCausalLM', ENDS + NORMS + ATTENTION + MLP, read_llama, write_llama)
 QWEN2 = family('qwen2', 'Qwen2ForCausalLM', ENDS + NORMS + ATTENTION + MLP, read_qwen2, write_qwen)
+MIMO = family(
+    'mimo', 'MiMoForCausalLM', QWEN2.entries + of_heads(
+        NORMS + ATTENTION + MLP + MIMO_HEAD, MTP + '{head}.'), read_mimo, write_mimo, heads=MTP,
+    attention_bias=True)
 QWEN3 = family('qwen3', 'Qwen3ForCausalLM', ENDS + NORMS + ATTENTION + MLP, read_qwen3, write_qwen3,
                head_dim=128)
 QWEN3_MOE = family(

@@ -63,7 +63,7 @@ def _holding(paths: set[str], cfg: ModelConfig, family: Family) -> dict[str, lis
   specs = param.flat(model.specs(cfg))
   every = [p for some in (family.entries, family.fused)
            for p in table._pieces(some, family, cfg, specs)
-           if p.path in paths
+           if p.path in paths and not p.path.startswith('mtp/')
            and len(p.layout.theirs) == (3 if 'expert' in specs[p.path].axes else 2)]
   if lacking := sorted(paths - {p.path for p in every}):
     raise ValueError(

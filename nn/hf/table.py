@@ -30,8 +30,9 @@ Sizes = Mapping[str, int | str]
 class Entry:
   """One kind of tensor.
 
-  name: {layer} and {expert} stand for indices.
-  path: of the parameter; below that of its layer where the name has {layer}.
+  name: {layer}, {expert} and {head} stand for indices.
+  path: of the parameter; below that of its layer where the name has {layer}. With {head} it is of
+    a head of multi-token prediction, whose {layer} counts on behind the model's last.
   layout: factors of the tensor's dimensions, then of the cell's, as
     '(heads head_dim) embed -> embed heads head_dim'. Factors are names of the family's sizes; 1 is
     a dimension of one; gate+up is a dimension with one after the other.
@@ -51,6 +52,10 @@ class Family:
 
   entries: one per kind of tensor. Those whose parameter a model has not are passed over.
   fused: tensors that may be there in place of entries of the same path; only read, never written.
+  copies: tensors that may be there once more for every head of multi-token prediction and have the
+    numbers of a parameter of the model's, which is their path.
+  heads: how names of the heads' tensors begin; '': the family has none, or is sure to have them
+    where config.json says so.
   sizes: of the factors in layouts: numbers, or names of the factors that make one up.
   read: config.json -> fields of ModelConfig. write: the reverse.
   defaults: keys that config.json may leave out, with what its readers then assume.
@@ -63,6 +68,8 @@ class Family:
   write: Callable[[ModelConfig], dict[str, Any]]
   defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   fused: tuple[Entry, ...] = ()
+  copies: tuple[Entry, ...] = ()
+  heads: str = ''
 
 
 class Layout:
@@ -161,10 +168,11 @@ def plan(
                     if (p.path, p.lead[:n]) in fused), None)
     chosen.append(p if p.tensor in shapes or instead is None else instead)
   wanted = {p.tensor: p.layout.theirs for p in chosen}
-  extra = [name for name in shapes if name not in wanted and not COMPUTED.fullmatch(name)]
+  known = wanted | {p.tensor: p.layout.theirs for p in copies(family, cfg)}
+  extra = [name for name in shapes if name not in known and not COMPUTED.fullmatch(name)]
   faults = [f'{name} is missing' for name in wanted if name not in shapes]
   faults += [f'{name} has shape {tuple(shapes[name])}, wanted {shape}'
-             for name, shape in wanted.items() if name in shapes and tuple(shapes[name]) != shape]
+             for name, shape in known.items() if name in shapes and tuple(shapes[name]) != shape]
   faults += [f'{name} has no place in the model' for name in sorted(extra)]
   if faults:
     raise ValueError(
@@ -173,6 +181,20 @@ def plan(
   for p in dict.fromkeys(chosen):
     result.setdefault(p.path, []).append(p)
   return result
+
+
+def copies(family: Family, cfg: ModelConfig) -> list[Piece]:
+  """Tensors that repeat a parameter for heads of multi-token prediction, each a whole one."""
+  specs, sizes = param.flat(lora.base(model.specs(cfg))), family.sizes(cfg)
+  return [Piece(e.name.format(layer=len(cfg.layers) + head), e.path, (), Layout(e, sizes))
+          for head in range(cfg.mtp.depth) for e in family.copies if e.path in specs]
+
+
+def of_heads(family: Family, cfg: ModelConfig) -> tuple[str, ...]:
+  """Patterns of all names that tensors of the model's heads have; (): see Family.heads."""
+  return tuple(dict.fromkeys(
+      family.heads.format(layer=len(cfg.layers) + head) + '*'
+      for head in range(cfg.mtp.depth) if family.heads))
 
 
 def read(
@@ -221,7 +243,7 @@ def _pieces(
 ) -> list[Piece]:
   sizes, layouts, found = family.sizes(cfg), {}, []
 
-  def add(entry, path, lead, layer=''):
+  def add(entry, path, lead=(), layer='', head=''):
     if path not in specs:
       return
     if entry not in layouts:
@@ -231,15 +253,22 @@ def _pieces(
     for e in experts:
       at = lead + ((e,) if '{expert}' in entry.name else ())
       assert whole[len(at):] == layout.ours, (entry, whole, layout.ours)
-      found.append(Piece(entry.name.format(layer=layer, expert=e), path, at, layout))
+      found.append(Piece(entry.name.format(layer=layer, expert=e, head=head), path, at, layout))
 
+  has = lambda names, entry: not entry.of or set(names) & set(entry.of)
+  heads = [e for e in entries if '{head}' in e.path]
+  layered = [e for e in entries if '{layer}' in e.name and e not in heads]
   for entry in entries:
-    if '{layer}' not in entry.name:
-      add(entry, entry.path, ())
+    if entry not in heads and entry not in layered:
+      add(entry, entry.path)
   for i, (names, (place, lead)) in enumerate(zip(cfg.layers, model.places(cfg), strict=True)):
-    for entry in entries:
-      if '{layer}' in entry.name and (not entry.of or set(names) & set(entry.of)):
+    for entry in layered:
+      if has(names, entry):
         add(entry, f'{place}/{entry.path}', lead, i)
+  for head in range(cfg.mtp.depth):
+    for entry in heads:
+      if has(cfg.mtp_layer, entry):
+        add(entry, entry.path.format(head=head), layer=len(cfg.layers) + head, head=head)
   return found
 
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from launch import hf_files
-from nn import model, param
+from nn import hf, model, param
 
 VOCAB, LENGTH, NEW = 61, 320, 64
 TOLERANCE = 2e-4                       # of logits in float32
@@ -267,6 +267,39 @@ def export(both: Both, folder: Path, **options) -> Path:
 
 def contents(folder: Path) -> dict[str, np.ndarray]:
   return {name: np.array(hf_files.mapped(t)) for name, t in hf_files.tensors(folder).items()}
+
+
+def assert_every_tensor_counts(family, both: Both) -> None:
+  """Without one the plan names it; two of a shape exchanged make other parameters."""
+  import pytest
+  found = contents(both.folder)
+  copies = {p.tensor: p.path for p in hf.copies(family, both.cfg)}
+  shapes = {name: x.shape for name, x in found.items()}
+  names = [name for name in found if name not in copies]
+  for name in names:
+    with pytest.raises(ValueError, match=f'{re.escape(name)} is missing'):
+      hf.plan(family, both.cfg, {n: s for n, s in shapes.items() if n != name})
+  specs = param.flat(model.specs(both.cfg))
+  plan = hf.plan(family, both.cfg, shapes)
+
+  def tree(tensors):
+    whole = lambda shape: tuple(slice(None) for _ in shape)
+    return {path: hf.read(plan[path], s.shape, whole(s.shape), tensors.__getitem__, np.float32)
+            for path, s in specs.items()}
+
+  straight = tree(found)
+  for path, a in straight.items():
+    np.testing.assert_array_equal(a, param.flat(both.params)[path])
+  for name, path in copies.items():
+    np.testing.assert_array_equal(found[name], straight[path])
+  partners = {a: b for a, b in zip(names, names[1:] + names[:1])}
+  for a in names:
+    same_shape = [b for b in names if b != a and shapes[b] == shapes[a]]
+    if not same_shape:
+      continue
+    b = same_shape[names.index(partners[a]) % len(same_shape)]
+    swapped = tree(found | {a: found[b], b: found[a]})
+    assert any((swapped[path] != straight[path]).any() for path in specs), (a, b)
 
 
 def same_bits(a: Path, b: Path) -> bool:

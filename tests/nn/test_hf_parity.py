@@ -31,32 +31,7 @@ def test_every_tensor_counts(kind, tmp_path):
   """
   case = next(name for name, (k, _) in parity.CASES.items() if k == kind)
   both = parity.make(case, tmp_path)
-  found = parity.contents(both.folder)
-  family = hf.FAMILIES[both.theirs.config.model_type]
-  shapes = {name: x.shape for name, x in found.items()}
-  for name in shapes:
-    with pytest.raises(ValueError, match=f'{name} is missing'):
-      hf.plan(family, both.cfg, {n: s for n, s in shapes.items() if n != name})
-  specs = param.flat(model.specs(both.cfg))
-  plan = hf.plan(family, both.cfg, shapes)
-
-  def tree(tensors):
-    whole = lambda shape: tuple(slice(None) for _ in shape)
-    return {path: hf.read(plan[path], s.shape, whole(s.shape), tensors.__getitem__, np.float32)
-            for path, s in specs.items()}
-
-  straight = tree(found)
-  for path, a in straight.items():
-    np.testing.assert_array_equal(a, param.flat(both.params)[path])
-  names = list(found)
-  partners = {a: b for a, b in zip(names, names[1:] + names[:1])}
-  for a in names:
-    same_shape = [b for b in names if b != a and shapes[b] == shapes[a]]
-    if not same_shape:
-      continue
-    b = same_shape[names.index(partners[a]) % len(same_shape)]
-    swapped = tree(found | {a: found[b], b: found[a]})
-    assert any((swapped[path] != straight[path]).any() for path in specs), (a, b)
+  parity.assert_every_tensor_counts(hf.FAMILIES[both.theirs.config.model_type], both)
 
 
 @pytest.mark.parametrize('kind', KINDS)
