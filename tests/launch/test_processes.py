@@ -13,8 +13,6 @@ import pytest
 
 import train_runs
 
-pytestmark = pytest.mark.usefixtures('cheap_compilation')
-
 SECONDS = 240              # after which something hangs
 STEPS = ('sft.steps=20', 'rl.steps=20', 'checkpoint.every=3', 'eval.every=10')
 
@@ -59,32 +57,35 @@ def goes_on(whole, workdir):
   assert train_runs.logged(workdir) == train_runs.logged(whole)
 
 
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_ends_well(whole, tmp_path, number):
-  with processes(train_runs.start(tmp_path, *STEPS)) as (run,):
-    wait_for(lambda: lines(tmp_path) > 8, run)
-    run.send_signal(number)
-    said = run.communicate(timeout=SECONDS)[0]
-  assert run.returncode == 0, said
-  assert f'{number.name}: saved' in said.splitlines()[-1]
-  assert train_runs.steps(tmp_path)[-1] == max(step for _, step in train_runs.logged(tmp_path)) < 40
+def test_a_signal_saves_and_ends_well(whole, tmp_path):
+  """Also the run that goes on from there."""
+  for number in (signal.SIGTERM, signal.SIGINT):
+    before = lines(tmp_path)
+    with processes(train_runs.start(tmp_path, *STEPS)) as (run,):
+      wait_for(lambda: lines(tmp_path) > before + 8, run)
+      run.send_signal(number)
+      said = run.communicate(timeout=SECONDS)[0]
+    assert run.returncode == 0, said
+    assert f'{number.name}: saved' in said.splitlines()[-1]
+    assert train_runs.steps(tmp_path)[-1] == max(s for _, s in train_runs.logged(tmp_path)) < 40
   goes_on(whole, tmp_path)
 
 
-@pytest.mark.parametrize('moment', ['while it saves', 'at random'])
-def test_a_killed_run_loses_what_it_had_not_saved(whole, tmp_path, moment):
+def test_a_killed_run_loses_what_it_had_not_saved(whole, tmp_path):
+  """Killed while it saves and, as it goes on, at random."""
   partial = lambda: list((tmp_path / 'checkpoints').glob('*tmp*'))
-  step = random.randrange(5, 35)
-  print(f'to be killed after step {step}')     # seen if the test fails
-  with processes(train_runs.start(tmp_path, *STEPS)) as (run,):
-    wait_for(lambda: lines(tmp_path) > step, run)
-    if moment == 'while it saves':
-      wait_for(partial, run)
-    run.kill()
-    run.wait()
-  saved, logged = train_runs.steps(tmp_path), [step for _, step in train_runs.logged(tmp_path)]
-  # Step n is logged while n + 1 runs; of the steps saved before, one may still have been written.
-  assert max(logged) - max([0, *saved]) <= 2 * 3 + 1, (saved, max(logged))
+  for while_it_saves in (True, False):
+    begun, more = lines(tmp_path), random.randrange(5, 15)
+    print(f'to be killed {more} lines after line {begun}')     # seen if the test fails
+    with processes(train_runs.start(tmp_path, *STEPS)) as (run,):
+      wait_for(lambda: lines(tmp_path) > begun + more, run)
+      if while_it_saves:
+        wait_for(partial, run)
+      run.kill()
+      run.wait()
+    saved, logged = train_runs.steps(tmp_path), [s for _, s in train_runs.logged(tmp_path)]
+    # Step n is logged while n + 1 runs; of the steps saved before, one may still have been written.
+    assert max(logged) - max([0, *saved]) <= 2 * 3 + 1, (saved, max(logged))
   goes_on(whole, tmp_path)
 
 
@@ -97,8 +98,8 @@ def port():
 def two(workdir, *overrides):
   """Starts two processes with two devices each."""
   flags = ('--coordinator', f'127.0.0.1:{port()}', '--num_processes', '2')
-  return [train_runs.start(workdir, *overrides, devices=2, flags=(*flags, '--process_id', str(i)))
-          for i in range(2)]
+  return [train_runs.start(workdir, *overrides, 'mesh.data=4', devices=2,
+                           flags=(*flags, '--process_id', str(i))) for i in range(2)]
 
 
 def ended_well(runs):
@@ -110,14 +111,11 @@ def ended_well(runs):
 
 @pytest.fixture(scope='module')
 def shared(tmp_path_factory):
-  """(overrides, workdir of one process, workdir of two): pretraining, then GRPO."""
+  """(overrides, workdir of one device, workdir of two processes): pretraining, then GRPO."""
   folder = tmp_path_factory.mktemp('shared')
-  text = folder / 'text.txt'
-  text.write_bytes(bytes(range(32, 127)) * 12)
   overrides = (
-      'phases=pretrain,rl', 'streams=2', 'mesh.data=4',
-      'pretrain.steps=4', 'pretrain.rows=8', 'pretrain.length=16', f'pretrain.data.files={text}',
-      'pretrain.data.heldout=0.2', 'arithmetic.demos=0')
+      'phases=pretrain,rl', 'streams=2', 'pretrain.steps=4',
+      *train_runs.pretraining(folder), 'pretrain.data.heldout=0.2', 'arithmetic.demos=0')
   assert train_runs.run(folder / 'one', *overrides) == 0
   with processes(*two(folder / 'two', *overrides)) as runs:
     said = ended_well(runs)

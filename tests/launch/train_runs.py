@@ -35,6 +35,13 @@ def get_config():
   return path
 
 
+def pretraining(folder):
+  """Overrides for a small phase of pretraining, on a file that is written."""
+  path = Path(folder) / 'text.txt'
+  path.write_bytes(bytes(range(32, 127)) * 12)
+  return 'pretrain.rows=8', 'pretrain.length=16', f'pretrain.data.files={path}'
+
+
 def arguments(workdir, *overrides, config=TINY):
   """The command line of a run on one device without a report; 'a.b=v' overrides a key."""
   options = ('mesh.data=1', 'report=false', 'log.tensorboard=false', *overrides)
