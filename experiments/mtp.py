@@ -6,7 +6,7 @@ About an hour on 2 cores. Prints the tables of docs/results.md and draws docs/im
 
 Pretraining on Tiny Shakespeare and on demonstrations of worked sums, without heads, with one and
 with two. Then RL on worked sums (arXiv:2605.28184): per seed one SFT run with one head, from which
-all arms go on to a held-out accuracy of 0.9, or for 100 rollout batches at most, each of four
+all arms go on to a held-out accuracy of 0.9, or for 80 rollout batches at most, each of four
 updates, at a constant rate:
 
   detach              the head learns what is sampled, the model learns nothing from it
@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from experiments import common  # noqa: E402
 
 SUMS, TEXT = 'configs/rl_arithmetic_mtp.py', 'configs/lm_shakespeare.py'
-CAP, AIM = 100, 0.9
+CAP, AIM = 80, 0.9
 SHARED = ('rl.optimizer.schedule=constant', 'rl.optimizer.decay=0')
 SOURCE = common.Arm('source', SUMS, (*SHARED, 'rl.steps=0'))
 REGIMES = {
@@ -43,12 +43,12 @@ def pretraining(text: Path) -> dict[tuple[str, int], common.Arm]:
   for depth in (0, 1, 2):
     heads = (f'model.mtp.depth={depth}', f'sft.mtp.coef={0.3 if depth else 0.0}')
     arms['worked sums', depth] = common.Arm(
-        f'sums {depth}', SUMS, ('phases=sft', 'sft.steps=300', 'sft.until=', *heads))
+        f'sums {depth}', SUMS, ('phases=sft', 'sft.steps=200', 'sft.until=', *heads))
   for depth in (0, 1, 2):
-    heads = (f'model.mtp.depth={depth}', 'pretrain.mtp.coef=0.3', 'pretrain.mtp.switch=200')
+    heads = (f'model.mtp.depth={depth}', 'pretrain.mtp.coef=0.3', 'pretrain.mtp.switch=170')
     arms['Shakespeare', depth] = common.Arm(f'text {depth}', TEXT, (
-        f'pretrain.data.files={text.resolve()}', 'pretrain.steps=300',
-        'pretrain.optimizer.decay=120', *(heads if depth else ())))
+        f'pretrain.data.files={text.resolve()}', 'pretrain.steps=250',
+        'pretrain.optimizer.decay=100', *(heads if depth else ())))
   return arms
 
 
