@@ -102,7 +102,7 @@ def test_both_models_of_a_run_can_be_asked(whole):
     (('phases=sft', 'upcycle.router_noise=0.1', 'model.moe.bias_rate=0', 'model.moe.bias=true'),
      'without effect: upcycle.router_noise .* and bias True'),
     (('phases=sft', 'upcycle.selection=fresh', 'upcycle.optimizer=reset', 'upcycle.noise=0.1'),
-     'without effect: upcycle.optimizer .*; upcycle.noise'),
+     'without effect: upcycle.noise .*; upcycle.optimizer'),
     (('phases=sft', 'model.ffn=mlp', 'model.moe.experts=8', 'model.moe.bias_rate=0'),
      'the model has no experts to copy'),
     (('phases=sft', 'upcycle.selection=fisher', 'sft.optimizer.name=muon'), "take 'grad_sq'"),

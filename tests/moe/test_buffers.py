@@ -100,7 +100,7 @@ def test_room_is_a_multiple_of_the_even_share_up_to_everything():
       96, 24, 32, 56, 96, 96]
 
 
-@pytest.mark.parametrize('mesh, share', [('two', 0.2), ('four', 0.0), ('groups of two', 0.2)])
+@pytest.mark.parametrize('mesh, share', [('two', 0.2), ('four', 0.0)])
 def test_a_buffer_that_holds_everything_changes_nothing(mesh, share):
   """Smaller than the worst case, and enough for what comes."""
   whole, x, segments = config(0.0), *rows()
@@ -112,7 +112,7 @@ def test_a_buffer_that_holds_everything_changes_nothing(mesh, share):
   assert_close(((loss, (y, extras)), grads), expected)
 
 
-@pytest.mark.parametrize('mesh, factor', [('two', 1.0), ('four', 1.25), ('groups of two', 1.0)])
+@pytest.mark.parametrize('mesh, factor', [('four', 1.25), ('groups of two', 1.0)])
 def test_rows_without_room_are_choices_with_gate_zero(mesh, factor):
   cfg, (x, segments), axes = config(factor), rows(), MESHES[mesh]
   params = skewed(tiny.params(cfg), 4.0)
