@@ -9,7 +9,7 @@ from launch import evaluate
 from saved_models import BYTES, CFG, logp_by_hand, make_config, parrot, write
 
 pytest.importorskip('seqio')
-pytestmark = [pytest.mark.extras, pytest.mark.usefixtures('cheap_compilation')]
+pytestmark = pytest.mark.extras
 
 # What comes after the question depends on its last character alone.
 FOLLOWS = {'a': '4', '4': '2', '2': '', 'b': '7', '7': '', 'c': 'B', 'B': '', 'd': 'd'}
