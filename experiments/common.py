@@ -5,6 +5,7 @@ is not run again, one that was interrupted goes on.
 """
 
 import argparse
+import bisect
 import concurrent.futures
 import dataclasses
 import json
@@ -73,12 +74,14 @@ def equal(config: str, kinds: dict[str, tuple[str, ...]], widths: Sequence[int])
   As many as the largest has at widths[0].
 
   Args:
-    widths: of the FFN, to choose from.
+    widths: of the FFN, to choose from, ascending; every step adds parameters.
   """
   most = max(count(config, changes) for changes in kinds.values())
   out = []
   for name, changes in kinds.items():
-    best = min(widths, key=lambda f: abs(count(config, (*changes, f'model.ffw_dim={f}')) - most))
+    size = lambda f: count(config, (*changes, f'model.ffw_dim={f}'))
+    at = bisect.bisect_left(widths, most, key=size)
+    best = min(widths[max(at - 1, 0):at + 1], key=lambda f: abs(size(f) - most))
     out.append(Arm(name, config, (*changes, f'model.ffw_dim={best}')))
   return out
 

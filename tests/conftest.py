@@ -35,5 +35,5 @@ MAPS = Path('/proc/self/maps')
 def programs_are_given_back():
   """Every program has memory maps of its own, of which the system grants a process 65,530."""
   yield
-  if not MAPS.exists() or MAPS.read_bytes().count(b'\n') > 25_000:
+  if not MAPS.exists() or MAPS.read_bytes().count(b'\n') > 10_000:
     jax.clear_caches()

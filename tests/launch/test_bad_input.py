@@ -8,8 +8,6 @@ import pytest
 import train_runs
 from launch import metrics
 
-pytestmark = pytest.mark.usefixtures('cheap_compilation')
-
 
 @pytest.fixture
 def refused(monkeypatch, capsys, tmp_path):
@@ -209,10 +207,10 @@ def test_a_changed_config_goes_on_when_that_is_allowed(done, tmp_path, capsys):
 
 
 def test_steps_of_a_phase_that_is_done_stay(failed, tmp_path):
-  workdir = tmp_path / 'run'
-  assert train_runs.run(workdir, 'sft.steps=1', 'rl.steps=1') == 0
-  said = failed('sft.steps=2', 'rl.steps=1')
-  assert 'is in phase rl, which began at step 1 and with this config would begin at 2' in said
+  overrides = ('phases=sft,pretrain', *train_runs.pretraining(tmp_path), 'pretrain.steps=1')
+  assert train_runs.run(tmp_path / 'run', *overrides, 'sft.steps=1') == 0
+  said = failed(*overrides, 'sft.steps=2')
+  assert 'is in phase pretrain, which began at step 1 and with this config would begin at 2' in said
 
 
 def test_a_workdir_that_is_a_file(failed, tmp_path):

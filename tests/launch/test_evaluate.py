@@ -10,7 +10,7 @@ from public_qwen3 import RIGHT, write_public
 from saved_models import BYTES, CFG, logp_by_hand, make_config, parrot, write
 
 pytest.importorskip('seqio')
-pytestmark = [pytest.mark.extras, pytest.mark.usefixtures('cheap_compilation')]
+pytestmark = pytest.mark.extras
 
 # What comes after the question depends on its last character alone.
 FOLLOWS = {'a': '4', '4': '2', '2': '', 'b': '7', '7': '', 'c': 'B', 'B': '', 'd': 'd'}

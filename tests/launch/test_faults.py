@@ -9,8 +9,6 @@ import pytest
 import train_runs
 from launch import metrics
 
-pytestmark = pytest.mark.usefixtures('cheap_compilation')
-
 
 @pytest.mark.parametrize('rate, saved, said', [
     # After the first update the loss of the second step is not finite any more.

@@ -13,8 +13,6 @@ import train_runs
 from launch import checkpoint, text_phase
 from nn import param
 
-pytestmark = pytest.mark.usefixtures('cheap_compilation')
-
 HEADS = ('model.mtp.depth=1', 'sft.steps=3', 'sft.mtp.coef=0.3', 'sft.mtp.switch=2',
          'sft.mtp.later=0.1', 'rl.steps=2', 'rl.parts=2', 'rl.methods=grpo,mtp_occ',
          'eval.every=10')

@@ -21,8 +21,6 @@ from nn.types import LOGP
 from rl import methods, sample
 from rl.types import POLICY, SAMPLER, Record, label
 
-pytestmark = pytest.mark.usefixtures('cheap_compilation')
-
 CFG = ModelConfig(
     vocab_size=37, embed_dim=16, num_heads=4, num_kv_heads=2, head_dim=4, ffw_dim=24,
     pattern=('attention', ('attention', 'moe')), tail=(('attention', 'moe'),),

@@ -13,8 +13,6 @@ from data import tokenizer as tokenizer_lib
 from launch import conversion, engine, score, talk
 from saved_models import BYTES, CFG, logp_by_hand, make_config, write
 
-pytestmark = pytest.mark.usefixtures('cheap_compilation')
-
 TURNS = [{'role': 'user', 'content': 'ab'}, {'role': 'assistant', 'content': 'cd'},
          {'role': 'user', 'content': 'e'}, {'role': 'assistant', 'tokens': [200, 7]}]
 

@@ -59,3 +59,13 @@ def tokens(rows: int, length: int, vocab_size: int = 40, seed: int = 0) -> np.nd
 @functools.partial(jax.jit, static_argnums=1)
 def forward(params: dict, cfg: ModelConfig, rows: Batch):
   return model.forward(params, cfg, rows.tokens, rows.positions, rows.segments)
+
+
+def reached(cfg: ModelConfig, position: int) -> np.ndarray:
+  """Which ids the state at a position of the row 0, 1, ... 11 depends on: [V] bool."""
+  given, rows = params(cfg), batch(np.arange(12)[None])
+
+  def reading(table):
+    return jnp.sum(forward(given | {'embed': {'table': table}}, cfg, rows).hidden[0, position] ** 3)
+
+  return np.abs(jax.jit(jax.grad(reading))(given['embed']['table'])).max(axis=1) > 0

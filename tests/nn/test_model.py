@@ -32,12 +32,18 @@ def assert_close(actual, expected, rtol=1e-5):
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def loss_and_grad(params, cfg, batch, weights):
-  """sum weights * logp, and its gradient."""
+def passes(params, cfg, batch, weights):
+  """Hidden states, sum weights * logp, and its gradient."""
   def loss(params):
-    logp = score.score(params, cfg, tiny.forward(params, cfg, batch), batch, (LOGP,))[LOGP]
-    return jnp.sum(weights * logp)
-  return jax.value_and_grad(loss)(params)
+    output = tiny.forward(params, cfg, batch)
+    logp = score.score(params, cfg, output, batch, (LOGP,))[LOGP]
+    return jnp.sum(weights * logp), output.hidden
+  (value, hidden), grad = jax.value_and_grad(loss, has_aux=True)(params)
+  return hidden, value, grad
+
+
+def loss_and_grad(params, cfg, batch, weights):
+  return passes(params, cfg, batch, weights)[1:]
 
 
 def draw_weights(shape):
@@ -114,15 +120,7 @@ def test_only_distances_between_positions_matter(stack):
 @pytest.mark.parametrize('stack', STACKS)
 def test_no_position_depends_on_a_later_token(stack):
   cfg = tiny.config(tied=False, **STACKS[stack])
-  params = tiny.params(cfg)
-  # Every token once, so that embeddings tell positions apart.
-  rows = tiny.batch(np.arange(12)[None])
-
-  def at_seven(table):
-    return jnp.sum(tiny.forward(params | {'embed': {'table': table}}, cfg, rows).hidden[0, 7] ** 3)
-
-  reached = np.abs(jax.jit(jax.grad(at_seven))(params['embed']['table'])).max(axis=1) > 0
-  np.testing.assert_array_equal(reached, np.arange(40) <= 7)
+  np.testing.assert_array_equal(tiny.reached(cfg, 7), np.arange(40) <= 7)
 
 
 # One block of attention, and several.
@@ -135,11 +133,9 @@ def test_packed_rows_equal_separate_ones(stack, length):
   packed = tiny.batch(tokens, np.where(np.arange(length) < cut, 1, 2)[None])
   apart = tiny.batch(tokens.reshape(2, cut))
 
-  hidden = tiny.forward(params, cfg, packed).hidden
-  np.testing.assert_allclose(
-      hidden.reshape(2, cut, -1), tiny.forward(params, cfg, apart).hidden, atol=2e-5)
-  loss, grad = loss_and_grad(params, cfg, packed, weights)
-  apart_loss, apart_grad = loss_and_grad(params, cfg, apart, weights.reshape(2, cut))
+  hidden, loss, grad = passes(params, cfg, packed, weights)
+  apart_hidden, apart_loss, apart_grad = passes(params, cfg, apart, weights.reshape(2, cut))
+  np.testing.assert_allclose(hidden.reshape(2, cut, -1), apart_hidden, atol=2e-5)
   np.testing.assert_allclose(loss, apart_loss, rtol=1e-5)
   assert_close(grad, apart_grad)
 
@@ -149,11 +145,11 @@ def test_packed_rows_equal_separate_ones(stack, length):
 def test_padding_changes_nothing(stack, before, after):
   cfg = tiny.config(**STACKS[stack])
   params = tiny.params(cfg)
-  tokens = tiny.tokens(2, 9)
+  tokens = tiny.tokens(2, 10)
   pad = lambda x, value: np.pad(x, ((0, 0), (before, after)), constant_values=value)
   plain, padded = tiny.batch(tokens), tiny.batch(pad(tokens, 7), pad(np.ones_like(tokens), 0))
-  weights = draw_weights((2, 9))
-  everywhere = jnp.full((2, before + 9 + after), 3.0).at[:, before:before + 9].set(weights)
+  weights = draw_weights((2, 10))
+  everywhere = jnp.full((2, before + 10 + after), 3.0).at[:, before:before + 10].set(weights)
 
   loss, grad = loss_and_grad(params, cfg, plain, weights)
   padded_loss, padded_grad = loss_and_grad(params, cfg, padded, everywhere)
@@ -169,7 +165,7 @@ def test_prefill_and_steps_equal_forward(stack, unroll, prepared):
   params = tiny.params(cfg)
   tokens, start, prompt, length = tiny.tokens(3, 12), np.array([0, 2, 6]), 7, 15
   rows = tiny.batch(tokens, np.arange(12) >= start[:, None])
-  expected = tiny.forward(params, cfg, rows).hidden
+  expected = tiny.forward(params, dataclasses.replace(cfg, unroll=False), rows).hidden
 
   given = model.prepare(params, cfg) if prepared else params
   prefill = jax.jit(functools.partial(model.prefill, cfg=cfg, length=length))
@@ -232,12 +228,12 @@ def test_scan_unrolled_loop_and_single_entries_are_one_model():
 
 @pytest.mark.parametrize('remat, unroll', [('full', False), ('dots', False), ('full', True)])
 def test_what_is_recomputed_changes_no_gradient(remat, unroll):
-  cfg = tiny.config(unroll=unroll)
+  cfg = tiny.config()
   params = tiny.params(cfg)
   rows, weights = tiny.batch(tiny.tokens(2, 10)), draw_weights((2, 10))
   loss, grad = loss_and_grad(params, cfg, rows, weights)
   other_loss, other_grad = loss_and_grad(
-      params, dataclasses.replace(cfg, remat=remat), rows, weights)
+      params, dataclasses.replace(cfg, remat=remat, unroll=unroll), rows, weights)
   np.testing.assert_allclose(other_loss, loss, rtol=1e-6)
   assert_close(other_grad, grad)
 
@@ -259,8 +255,8 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32_gradients():
   cfg = tiny.config(dtype='bfloat16', tied=False)
   params = tiny.params(cfg)
   rows, weights = tiny.batch(tiny.tokens(4, 20)), draw_weights((4, 20))
-  assert tiny.forward(params, cfg, rows).hidden.dtype == jnp.bfloat16
-  loss, grad = loss_and_grad(params, cfg, rows, weights)
+  hidden, loss, grad = passes(params, cfg, rows, weights)
+  assert hidden.dtype == jnp.bfloat16
   exact_loss, exact_grad = loss_and_grad(
       params, dataclasses.replace(cfg, dtype='float32'), rows, weights)
   np.testing.assert_allclose(loss, exact_loss, rtol=0.02)
@@ -335,7 +331,7 @@ def test_flops_are_what_the_compiler_counts():
       attention='reference')
   rows = jax.eval_shape(lambda: tiny.batch(tiny.tokens(4, 16)))
   weights = jax.ShapeDtypeStruct((4, 16), jnp.float32)
-  counted = loss_and_grad.lower(
+  counted = passes.lower(
       param.abstract(model.specs(cfg)), cfg, rows, weights).cost_analysis()['flops']
   # The compiler adds elementwise work, the reference's upper triangle, and the logits computed
   # again backward.

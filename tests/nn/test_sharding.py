@@ -58,9 +58,9 @@ def test_forward_and_gradients_on_a_mesh_equal_one_device(name):
   mesh = jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
   with jax.set_mesh(mesh):
     params, (rows, weights) = place(mesh, params, (rows, weights))
-    step = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    step = jax.jit(jax.value_and_grad(loss, has_aux=True)).lower(params, rows, weights).compile()
     (actual, split_hidden), split_grads = step(params, rows, weights)
-    program = step.lower(params, rows, weights).compile().as_text()
+    program = step.as_text()
 
   np.testing.assert_allclose(actual, expected, rtol=1e-5)
   np.testing.assert_allclose(split_hidden, hidden, atol=2e-5)
@@ -71,6 +71,7 @@ def test_forward_and_gradients_on_a_mesh_equal_one_device(name):
   rows_over = tuple(n for n in BATCH if n in axes)
   assert split_hidden.sharding.is_equivalent_to(NamedSharding(mesh, PartitionSpec(rows_over)), 3)
   # Nobody ever collects logits: chunks of six positions of 40 ids.
+  assert 'ENTRY' in program
   gathered = re.findall(r'= f32\[([\d,]+)\]\S* all-gather', program)
   assert not [shape for shape in gathered if shape.endswith(',6,40')], gathered
 
