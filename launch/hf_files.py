@@ -80,6 +80,8 @@ def model_config(folder: str | Path) -> ModelConfig:
     return hf.model_config(read_config(folder))
   except ValueError as error:
     raise ValueError(f'{folder}: {error}') from error
+  except (AttributeError, TypeError, ZeroDivisionError) as error:
+    raise ValueError(f'{folder}: config.json has a value that cannot be: {error}') from error
 
 
 def read_origin(folder: str | Path) -> Origin:
