@@ -93,9 +93,9 @@ class Pieces:
   def __init__(self, path: Path, config: dict, chat_template: str | None = None,
                end_ids: tuple[int, ...] = ()):
     """config: the content of tokenizer_config.json, {} without one."""
-    self._text = path.read_text()
     self._path = str(path)
     try:
+      self._text = path.read_text()
       self._tokenizer = tokenizers.Tokenizer.from_str(self._text)
     except Exception as e:            # the package raises bare Exception
       raise ValueError(f'{path} is not a tokenizer.json: {e}') from e
@@ -261,9 +261,12 @@ def _beside(path: Path, name: str) -> dict:
   if not beside.is_file():
     return {}
   try:
-    return json.loads(beside.read_text())
+    content = json.loads(beside.read_text())
   except ValueError as e:
     raise ValueError(f'{beside} is not JSON: {e}') from e
+  if not isinstance(content, dict):
+    raise ValueError(f'{beside} is a JSON {type(content).__name__}, wanted an object')
+  return content
 
 
 def _special(

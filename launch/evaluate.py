@@ -33,6 +33,9 @@ def main(arguments: list[str]) -> int:
   from data import files
   from launch import checkpoint, eval_parts, talk
 
+  folder = Path(options.output)
+  if folder.exists() and not folder.is_dir():
+    raise ValueError(f'--output {folder} is a file; wanted a folder')
   talk.check_asking(options)
   plan = eval_parts.read_plan(options)
   try:
@@ -51,7 +54,6 @@ def main(arguments: list[str]) -> int:
   with jax.set_mesh(speaker.mesh):
     results = tasks.evaluate(examples, codec, answer, score)
 
-  folder = Path(options.output)
   for name, (numbers, lines) in results.items():
     with files.whole(folder / f'{name}.jsonl') as out:
       for line in lines:

@@ -111,6 +111,8 @@ def _counted(folder: str | Path) -> tuple[ModelConfig, tuple[str, ...]]:
     return whole, hf.of_heads(hf.family_of(config), whole)
   except ValueError as error:
     raise ValueError(f'{folder}: {error}') from error
+  except (AttributeError, TypeError, ZeroDivisionError) as error:
+    raise ValueError(f'{folder}: config.json has a value that cannot be: {error}') from error
 
 
 def _matching(patterns: Sequence[str]) -> Callable[[str], bool]:

@@ -32,6 +32,8 @@ def main(arguments: list[str]) -> int:
   from evals import metrics
   from launch import progress, scoring, talk
 
+  if Path(options.output).is_dir():
+    raise ValueError(f'--output {options.output} is a folder; wanted a file')
   sizes = talk.mesh_sizes(options.mesh)
   with tempfile.TemporaryDirectory() as cache:
     rows = sources.load(options.input, cache)

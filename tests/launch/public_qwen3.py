@@ -13,8 +13,10 @@ CONFIG = {
     'num_key_value_heads': 4, 'head_dim': 8, 'hidden_act': 'silu', 'max_position_embeddings': 4096,
     'rms_norm_eps': 1e-6, 'rope_theta': 1e6, 'tie_word_embeddings': True, 'dtype': 'bfloat16',
     'attention_bias': False, 'use_sliding_window': False}
-RIGHT = '\\boxed{42}'                  # one token here, so that a random model says it at times
-SPECIALS = ['<|im_start|>', '<|im_end|>', RIGHT]
+SPECIALS = ['<|im_start|>', '<|im_end|>']
+RIGHT = '\\boxed{42}'
+# One token each. Where one is unlikely the other is likely: the model says either now and then.
+ANSWERS = [RIGHT, f'{RIGHT}.']
 
 
 def write_tokenizer(folder):
@@ -26,8 +28,8 @@ def write_tokenizer(folder):
   said = 'user\nHow many? Reason step by step, and put the answer into \\boxed{}. assistant\n'
   made.train_from_iterator([said] * 20, trainers.BpeTrainer(
       vocab_size=320, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
-      special_tokens=SPECIALS[:2]))
-  made.add_tokens([RIGHT])
+      special_tokens=SPECIALS))
+  made.add_tokens(ANSWERS)
   made.save(str(folder / 'tokenizer.json'))
   (folder / 'tokenizer_config.json').write_text('{"eos_token": "<|im_end|>"}')
   return made
@@ -44,7 +46,9 @@ def write_public(folder, tokenizer):
   def draw(path):
     x = rng.standard_normal(specs[path].shape).astype(np.float32)
     if path == 'embed/table':
-      x[[made.token_to_id(token) for token in SPECIALS[1:]]] *= 7
+      one, other = map(made.token_to_id, ANSWERS)
+      x[one] *= 4
+      x[other] = -x[one]
       return 0.3 * x
     return 1 + 0.1 * x if 'norm' in path else x * specs[path].shape[-1] ** -0.5
 

@@ -22,7 +22,10 @@ CONFIGS = sorted(
 
 
 def read(path):
+  """A config and its model, of unrolled layers one period: the others are the same again."""
   config = runpy.run_path(str(path))['get_config']()
+  if config.model.unroll:
+    config.model.repeats = 1
   return config, config_lib.model_config(config.model, 259)
 
 

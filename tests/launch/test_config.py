@@ -3,6 +3,7 @@
 import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -391,3 +392,19 @@ def test_a_users_error_is_one_line_and_status_2(raised, flags, status, stderr):
                         env=os.environ | {'PYTHONPATH': ROOT}, timeout=60)
   assert done.returncode == status
   assert done.stderr == stderr or (stderr == 'Traceback' and done.stderr.startswith(stderr))
+
+
+@pytest.mark.parametrize('arguments, said', [
+    (['--modle', 'x'], "unknown option '--modle'; did you mean '--model'?"),
+    (['--model=x', '--stpe=3'], "unknown option '--stpe'; did you mean '--step'?"),
+    (['--model', 'x', '--step', 'many'], "argument --step: invalid int value: 'many'; see --help"),
+    ([], 'required: --model; see --help'),
+    (['--model', 'x', 'y'], 'unrecognized arguments: y'),
+])
+def test_a_misspelt_option_is_named(arguments, said):
+  parser = cli.parser('a command')
+  parser.add_argument('--model', required=True)
+  parser.add_argument('--step', type=int)
+  with pytest.raises(ValueError, match=re.escape(said)):
+    parser.parse_args(arguments)
+  assert parser.parse_args(['--model', '--step 3', '--debug']).model == '--step 3'

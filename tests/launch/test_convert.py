@@ -147,6 +147,7 @@ GATE = 'model.layers.1.mlp.gate.weight'
     (configured(rope_scaling={'rope_type': 'longrope'}), "rope_type is 'longrope'"),
     (lambda folder: (folder / 'config.json').write_text('{'), 'is no JSON'),
     (lambda folder: (folder / 'config.json').unlink(), 'has no config.json'),
+    (lambda folder: (folder / 'tokenizer.json').write_text('{'), 'is not a tokenizer.json'),
     (lambda folder: sorted(folder.glob('*.safetensors'))[0].write_bytes(b'\x00' * 40),
      'is no safetensors file'),
 ])

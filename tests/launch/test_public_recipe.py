@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures('cheap_compilation')
 
 RECIPE = train_runs.ROOT / 'configs' / 'rl_gsm8k_qwen3.py'
 TINY = ('rl.steps=2', 'rl.prompts=4', 'rl.group=4', 'rl.max_prompt=64', 'rl.max_tokens=4',
-        'rl.microbatches=2', 'rl.graders=1', 'rl.optimizer.learning_rate=0.01',
+        'rl.microbatches=2', 'rl.graders=1', 'rl.optimizer.learning_rate=0.003',
         'rl.optimizer.warmup=0')
 
 
@@ -36,7 +36,8 @@ def test_the_recipe_trains_and_exports_a_public_model(tmp_path):
 
   steps, ends = train_runs.logged(workdir), train_runs.logged(workdir, evaluations=True)
   assert [*steps] == [('rl', 1), ('rl', 2)] and ends['rl', 2]['eval/problems'] == 2
-  assert all(np.isfinite(x['loss']) and x['rows_missing'] < 16 for x in steps.values()), steps
+  losses = [x['loss'] for x in steps.values() if 'loss' in x]      # none where all groups are alike
+  assert losses and np.isfinite(losses).all(), steps
   assert models.describe(out) == models.describe(public)._replace(tokenizer=str(out))
   tokenizers_of = [tokenizer_lib.load(str(folder)).fingerprint() for folder in (public, out)]
   assert tokenizers_of[0] == tokenizers_of[1]
@@ -48,5 +49,5 @@ def test_the_recipe_trains_and_exports_a_public_model(tmp_path):
   load = lambda path: param.flat(checkpoint.load_params(path, abstract, cfg))
   before, kept, after = load(public), load(workdir), load(out)
   for name, x in after.items():
-    assert (x != before[name]).any(), name
+    assert (kept[name] != before[name]).any(), name
     np.testing.assert_array_equal(x, kept[name].astype(jnp.bfloat16).astype(jnp.float32))

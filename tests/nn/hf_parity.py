@@ -94,7 +94,8 @@ CASES = {
         decoder_sparse_step=2, mlp_only_layers=[3], full_attention_interval=2,
         linear_key_head_dim=10, linear_value_head_dim=8, linear_num_key_heads=2,
         linear_num_value_heads=2, linear_conv_kernel_dim=3, rms_norm_eps=1e-3)),
-    'qwen3_5': ('Qwen3_5Text', LINEAR | dict(num_hidden_layers=5, head_dim=16)),
+    'qwen3_5': ('Qwen3_5Text', LINEAR | dict(
+        num_hidden_layers=3, head_dim=16, full_attention_interval=2)),
     'qwen3_5 tied, biases, three heads a key': ('Qwen3_5Text', LINEAR | dict(
         tie_word_embeddings=True, num_hidden_layers=3, head_dim=16, attention_bias=True,
         linear_num_key_heads=1, linear_num_value_heads=3,
@@ -106,7 +107,7 @@ CASES = {
         shared_expert_intermediate_size=5, full_attention_interval=2, linear_num_value_heads=2,
         rope_parameters=dict(rope_type='default', rope_theta=500.0, partial_rotary_factor=0.5))),
     'kimi_linear': ('KimiLinear', LATENT | EXPERTS | IDS | dict(
-        num_hidden_layers=6, num_experts=4, linear_head_dim=12, linear_num_heads=2,
+        num_hidden_layers=5, num_experts=4, linear_head_dim=12, linear_num_heads=2,
         rms_norm_eps=1e-3)),
     'kimi_linear with groups and short queries': ('KimiLinear', LATENT | EXPERTS | IDS | dict(
         num_hidden_layers=4, num_experts=8, n_group=4, topk_group=2, n_shared_experts=2,
