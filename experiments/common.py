@@ -44,6 +44,11 @@ def parser(description: str, workdir: str) -> argparse.ArgumentParser:
   return p
 
 
+def chosen(arms: dict[Any, Arm], options: Any) -> dict[Any, Arm]:
+  """Those that --arms names; all of them without it."""
+  return {key: arm for key, arm in arms.items() if not options.arms or arm.name in options.arms}
+
+
 def run_all(arms: Sequence[Arm], options: Any) -> None:
   """Runs every arm with every seed, seeds first, so that early results cover all arms.
 
@@ -53,8 +58,8 @@ def run_all(arms: Sequence[Arm], options: Any) -> None:
   cores = queue.SimpleQueue()
   for core in sorted(os.sched_getaffinity(0))[:options.jobs]:
     cores.put(core)
-  todo = [(arm, seed) for seed in options.seeds for arm in arms
-          if not options.arms or arm.name in options.arms]
+  wanted = chosen(dict(enumerate(arms)), options).values()
+  todo = [(arm, seed) for seed in options.seeds for arm in wanted]
   with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
     for done in [pool.submit(run, arm, seed, options.workdir, cores) for arm, seed in todo]:
       done.result()

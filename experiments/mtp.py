@@ -61,6 +61,7 @@ def main() -> None:
   arms = {name: common.Arm(
       name, SUMS, (*run, *changes), flags=('--allow_config_change',),
       start=common.copy_of(options.workdir, SOURCE)) for name, changes in REGIMES.items()}
+  before, arms = common.chosen(before, options), common.chosen(arms, options)
   if not options.only_table:
     common.run_all([SOURCE], options)
     common.run_all(list(arms.values()), options)

@@ -43,6 +43,7 @@ def main() -> None:
       (*run, f'rl.steps={CAP[rate]}', f'rl.optimizer.learning_rate={rate}', *changes),
       flags=('--allow_config_change',), start=common.copy_of(options.workdir, SOURCE))
       for (name, rate), changes in KINDS.items()}
+  arms = common.chosen(arms, options)
   if not options.only_table:
     common.run_all([SOURCE], options)
     common.run_all(list(arms.values()), options)
