@@ -124,10 +124,13 @@ def shared(tmp_path_factory):
 
 
 def assert_same_run(a, b):
-  """To rounding: other reductions over other devices. Rewards are of the same samples."""
+  """To rounding: other reductions over other devices. Rewards are of the same samples.
+
+  b may have gone on.
+  """
   for evaluations in (False, True):
     left, right = (train_runs.logged(x, evaluations) for x in (a, b))
-    assert left.keys() == right.keys()
+    assert list(left) == [(phase, step) for phase, step in right if step <= 8]
     for key, values in left.items():
       assert values.keys() == right[key].keys()
       for name, value in values.items():
@@ -153,21 +156,14 @@ def test_one_process_goes_on_where_two_were(shared, tmp_path, step):
   assert_same_run(one, again)
 
 
-def test_two_processes_go_on_where_one_was(shared, tmp_path):
+def test_two_processes_go_on_where_one_was_and_a_signal_to_one_stops_both(shared, tmp_path):
   overrides, one, _ = shared
   again = train_runs.rewound(one, 2, tmp_path / 'again')
-  with processes(*two(again, *overrides)) as runs:
-    ended_well(runs)
-  assert_same_run(one, again)
-
-
-def test_a_signal_to_one_process_stops_both(shared, tmp_path):
-  overrides, one, _ = shared
-  again = train_runs.rewound(one, 6, tmp_path / 'again')
   last = lambda: max(step for _, step in train_runs.logged(again))
-  with processes(*two(again, *overrides, 'rl.steps=400', 'eval.every=400')) as runs:
+  with processes(*two(again, *overrides, 'rl.steps=400')) as runs:
     wait_for(lambda: last() > 8, runs[0])
     runs[1].send_signal(signal.SIGTERM)
     said = ended_well(runs)
   assert 'a signal to another process: saved; run the same command' in said[0]
   assert train_runs.steps(again)[-1] == last() < 400
+  assert_same_run(one, again)

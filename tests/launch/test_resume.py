@@ -5,8 +5,6 @@ import pytest
 
 import train_runs
 
-pytestmark = pytest.mark.usefixtures('cheap_compilation')
-
 # All that a step may depend on: sub-streams, packing, microbatches, several updates per rollout, a
 # filter with refills, a reference policy, a reward in a worker, weights on the sampler mismatch.
 REWARD = '''
@@ -18,12 +16,11 @@ def score(prompt, response, row):
 
 
 def settings(folder):
-  (folder / 'text.txt').write_bytes(bytes(range(32, 127)) * 12)
   (folder / 'reward.py').write_text(REWARD)
   return (
       'phases=pretrain,sft,rl', 'streams=2',
-      'pretrain.steps=4', 'pretrain.rows=8', 'pretrain.length=16', 'pretrain.data.heldout=0.2',
-      f'pretrain.data.files={folder / "text.txt"}', 'pretrain.optimizer.name=muon',
+      *train_runs.pretraining(folder), 'pretrain.steps=4', 'pretrain.data.heldout=0.2',
+      'pretrain.optimizer.name=muon',
       'sft.microbatches=2', 'sft.optimizer.schedule=cosine', 'rl.optimizer.warmup=3',
       'rl.parts=2', 'rl.uses=2', 'rl.microbatches=2', 'rl.methods=mixed_groups,grpo,tis',
       'rl.refills=1', f'rl.rewards.drawn={folder / "reward.py"}:score', 'eval.pass_k=2')
@@ -68,9 +65,11 @@ def test_a_phase_that_reaches_its_aim_ends_there(tmp_path):
   plain, early, again = (tmp_path / name for name in ('plain', 'early', 'again'))
   assert train_runs.run(plain, 'phases=sft') == 0
   loss = train_runs.logged(plain, evaluations=True)['sft', 2]['eval/loss']
-  overrides = f'sft.until=eval/loss<={loss}', 'rl.steps=2'
+  overrides = ('phases=sft,pretrain', f'sft.until=eval/loss<={loss}', 'pretrain.steps=2',
+               *train_runs.pretraining(tmp_path))
   assert train_runs.run(early, *overrides) == 0
-  assert list(train_runs.logged(early)) == [('sft', 1), ('sft', 2), ('rl', 5), ('rl', 6)]
+  assert list(train_runs.logged(early)) == [
+      ('sft', 1), ('sft', 2), ('pretrain', 5), ('pretrain', 6)]
   assert train_runs.steps(early) == [4, 6]
   before, after = train_runs.state(plain, 2), train_runs.state(early, 4)
   for name, x in before.items():
