@@ -37,10 +37,9 @@ not (inf).
 - *reloaded*: logits of the exported folder in `transformers`, which misses no key and \
 finds none too many.
 
-What linear attention has in difference is rounding on both sides, which \
-its layers magnify: of a
-Qwen3.5 of five layers, whose logits reach 5, ours were 1.4e-4 and those of `transformers` 1.6e-4 from the same model in \
-float64.
+What linear attention has in difference is rounding on both sides, which its layers magnify: of a
+Qwen3.5 of five layers, whose logits reach 5, ours were 1.4e-4 and those of `transformers` \
+1.6e-4 from the same model in float64.
 
 | family | logits | padding | greedy | round trip | reloaded |
 |---|---|---|---|---|---|
