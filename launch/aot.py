@@ -11,7 +11,6 @@ model samples and scores, the optimiser's moments stay on the device: the last c
 
 import functools
 import importlib
-import logging
 import os
 import sys
 from pathlib import Path
@@ -46,13 +45,13 @@ device_description_str: "NVIDIA H200"
 
 
 def main(arguments: list[str]) -> int:
+  os.environ['JAX_PLATFORMS'] = 'cpu'  # before jax is imported; else a plugin wants its devices
   from launch import config as config_lib
   rest, overrides = config_lib.split(arguments)
   parser = cli.parser(__doc__)
   parser.add_argument('--config', required=True, help='Python file with get_config(), see configs/')
   parser.add_argument('--machine', required=True, help='a TPU slice as v5e:2x4, or h200')
   options = parser.parse_args(rest)
-  os.environ['JAX_PLATFORMS'] = 'cpu'
 
   from data import tokenizer as tokenizer_lib
   from launch import mesh as mesh_lib
@@ -104,8 +103,6 @@ def devices(machine: str) -> list:
     ValueError: the compiler is not installed, or knows no such machine.
   """
   from jax.experimental import topologies
-  # The plugin for GPUs complains at length where there is no CUDA.
-  logging.getLogger('jax._src.xla_bridge').setLevel(logging.CRITICAL)
   try:
     if machine == 'h200':
       importlib.import_module('jax_plugins.xla_cuda12')

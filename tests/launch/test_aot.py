@@ -4,7 +4,10 @@ They are not here: the compilers come as packages (the extra `aot`); nothing can
 """
 
 import json
+import os
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -89,6 +92,18 @@ def test_the_recipe_for_a_public_model_fits_its_slice(tmp_path, capsys):
   peaks = {row[1].strip(): float(row[4]) for row in rows}
   assert set(peaks) == {'sampling', 'scoring', 'rl, train step'}
   assert max(peaks.values()) < 15.5, 'GiB of a v5e chip'
+
+
+@pytest.mark.extras
+def test_the_command_needs_no_device_of_the_machine():
+  """In a process of its own, whose jax has not been told yet to use the CPU."""
+  devices('h200')
+  environment = {k: v for k, v in os.environ.items() if not k.startswith(('JAX_', 'XLA_'))}
+  done = subprocess.run(
+      [sys.executable, 'launch/aot.py', '--machine', 'h200', '--config', 'configs/tiny.py',
+       '--config.phases=sft'], env=environment, capture_output=True, text=True, timeout=280)
+  assert done.returncode == 0 and '| sft, train step |' in done.stdout, done.stderr[-2000:]
+  assert 'Traceback' not in done.stderr
 
 
 @pytest.mark.extras
