@@ -14,8 +14,6 @@ from jax.sharding import PartitionSpec
 import train_runs
 from launch import loop, metrics
 
-pytestmark = pytest.mark.usefixtures('cheap_compilation')
-
 # Sizes that all meshes below divide.
 SIZES = ('model.num_kv_heads=2', 'model.vocab_size=264')
 MESHES = {
