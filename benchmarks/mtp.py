@@ -1,4 +1,5 @@
-"""What multi-token prediction costs an update of RL: no head, a detached one, OCC.
+"""What multi-token prediction costs an update of RL: no head, a detached one, OCC without and with
+the detached head's own loss.
 
     python benchmarks/mtp.py --preset s --rounds 3
 
@@ -13,9 +14,9 @@ from pathlib import Path
 
 import common
 
-# {name: (heads, methods)}
-KINDS = {'none': (0, ('grpo',)), 'detach': (1, ('grpo', 'mtp_detach')),
-         'occ': (1, ('grpo', 'mtp_occ'))}
+# {name: (heads, methods, coefficient with which OCC trains its head besides)}
+KINDS = {'none': (0, ('grpo',), 0.1), 'detach': (1, ('grpo', 'mtp_detach'), 0.1),
+         'occ, train 0': (1, ('grpo', 'mtp_occ'), 0.0), 'occ': (1, ('grpo', 'mtp_occ'), 0.1)}
 
 
 def child(o):
@@ -32,7 +33,7 @@ def child(o):
 
   tokenizer = tokenizer_lib.load('bytes')
 
-  def build(depth, methods, microbatches, folder):
+  def build(depth, methods, train, microbatches, folder):
     c = base.get_config()
     c.phases = ('rl',)
     for name, value in common.SIZES[o.preset].items():
@@ -42,6 +43,8 @@ def child(o):
     c.model.mtp.depth = depth
     c.rl.update(prompts=4, group=8, max_prompt=8, max_tokens=64, methods=methods,
                 microbatches=microbatches)
+    if 'mtp_occ' in methods:
+      c.rl.mtp_occ.train = train
     c.rl.data.format = 'arithmetic'
     c.rl.rewards.digits = 'digits'
     config = config_lib.Tracked(c)
