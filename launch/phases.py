@@ -243,7 +243,7 @@ def build_gradient(run: Run, terms: tuple, microbatches: int) -> Callable:
 def flops(run: Run, method: Method, length: int) -> int:
   """Per token of a train step, with the heads of multi-token prediction that it trains."""
   heads = mtp.wanted(compose.wants(method.terms), run.cfg)
-  return model.flops(run.cfg, length, max(heads.values(), default=0))
+  return model.flops(run.cfg, length, sum(heads.values()))   # a pass for each kind of detachment
 
 
 def check_length(run: Run, length: int, what: str) -> None:

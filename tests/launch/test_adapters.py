@@ -10,7 +10,6 @@ import train_runs
 from launch import adapters, checkpoint, conversion, models, talk
 from nn import lora, model, param
 
-pytestmark = pytest.mark.usefixtures('cheap_compilation')
 
 LORA = ('model.lora.rank=2', 'model.lora.targets=*/mixer/q,*/ffn/*', 'rl.steps=2',
         'checkpoint.every=1', 'eval.every=2')

@@ -14,7 +14,6 @@ from launch import checkpoint, cli, conversion, convert, hf_files, mesh, models
 from nn import hf, model, param
 from nn.config import ModelConfig
 
-pytestmark = pytest.mark.usefixtures('cheap_compilation')
 
 CONFIG = {
     'model_type': 'qwen3_moe', 'architectures': ['Qwen3MoeForCausalLM'], 'vocab_size': 264,

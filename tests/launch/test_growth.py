@@ -9,8 +9,6 @@ import pytest
 import train_runs
 from launch import checkpoint, growth, report, talk
 
-pytestmark = pytest.mark.usefixtures('cheap_compilation')
-
 GROWS = ('model.ffn=moe', 'model.moe.experts=4', 'model.moe.bias_rate=0.01', 'model.repeats=1',
          'upcycle.at_step=2')
 RUN = (*GROWS, 'phases=sft,pretrain', 'sft.microbatches=2', 'sft.optimizer.schedule=wsd',

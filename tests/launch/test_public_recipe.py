@@ -6,7 +6,6 @@ import json
 
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 import train_runs
 from public_qwen3 import write_public
@@ -14,7 +13,6 @@ from data import tokenizer as tokenizer_lib
 from launch import checkpoint, mesh, models
 from nn import model, param
 
-pytestmark = pytest.mark.usefixtures('cheap_compilation')
 
 RECIPE = train_runs.ROOT / 'configs' / 'rl_gsm8k_qwen3.py'
 TINY = ('rl.steps=2', 'rl.prompts=4', 'rl.group=4', 'rl.max_prompt=64', 'rl.max_tokens=4',

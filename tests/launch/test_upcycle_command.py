@@ -17,7 +17,6 @@ from launch import upcycle as command
 from moe import upcycle
 from nn import model, param
 
-pytestmark = pytest.mark.usefixtures('cheap_compilation')
 
 DENSE = ('phases=sft', 'sft.steps=0', 'model.repeats=1', 'streams=2')
 SOURCE = (*DENSE, 'sft.steps=4', 'model.ffn=moe', 'model.moe.experts=4', 'model.moe.scores=sigmoid',

@@ -4,14 +4,12 @@ import contextlib
 import io
 import json
 
-import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 import train_runs
 from launch import generate, metrics, score
 
-pytestmark = pytest.mark.usefixtures('cheap_compilation')
 
 CONFIG = '''
 from configs import base, tiny

@@ -53,14 +53,6 @@ HEADS = ('mtp.*', 'model.mtp_layers.*', 'model.layers.2.*', 'model.layers.3.*')
 OURS = ('embedding_norm/scale', 'hidden_norm/scale', 'project', 'norm/scale')
 
 
-@pytest.fixture(autouse=True, scope='module')
-def cheap_compilation():
-  """Much is compiled here, and little computed."""
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
-
-
 def names_of(family):
   layer, *rest = {'deepseek_v3': DEEPSEEK, 'glm4_moe': DEEPSEEK, 'mimo': MIMO}.get(family, QWEN)
   return layer, [f'{n if n.startswith("mtp") else layer + n}.weight' for n in rest]

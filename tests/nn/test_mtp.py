@@ -23,14 +23,6 @@ STACKS = {
 }
 
 
-@pytest.fixture(autouse=True, scope='module')
-def cheap_compilation():
-  """Much is compiled here, and little computed."""
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
-
-
 def config(stack='attention', depth=2, **changes):
   settings = {'repeats': 1, 'mtp': MTP(depth=depth)} | STACKS[stack] | changes
   return tiny.config(**settings)
