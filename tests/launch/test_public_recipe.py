@@ -13,7 +13,6 @@ from data import tokenizer as tokenizer_lib
 from launch import checkpoint, mesh, models
 from nn import model, param
 
-
 RECIPE = train_runs.ROOT / 'configs' / 'rl_gsm8k_qwen3.py'
 TINY = ('rl.steps=2', 'rl.prompts=4', 'rl.group=4', 'rl.max_prompt=64', 'rl.max_tokens=4',
         'rl.microbatches=2', 'rl.graders=1', 'rl.optimizer.learning_rate=0.003',

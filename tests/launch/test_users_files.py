@@ -10,7 +10,6 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 import train_runs
 from launch import generate, metrics, score
 
-
 CONFIG = '''
 from configs import base, tiny
 
