@@ -22,7 +22,7 @@ from tests.nn import nn_tiny
 
 N, T = 8, 6
 CFG = nn_tiny.config(
-    pattern=(('attention', 'moe'),), repeats=2, moe=MoE(experts=4, top_k=2, ffw_dim=8, buffer=1.0))
+    head=(), pattern=(('attention', 'moe'),), moe=MoE(experts=4, top_k=2, ffw_dim=8, buffer=1.0))
 NLL = Term('nll', lambda view: (-view.given[LOGP], {}), (LOGP,))
 MESH = functools.partial(mesh_lib.make_mesh, {'expert': 4})
 
