@@ -5,9 +5,9 @@
 About an hour on 2 cores. Prints the tables of docs/results.md and draws docs/images/mtp.svg.
 
 Pretraining on Tiny Shakespeare and on demonstrations of worked sums, without heads, with one and
-with two; one seed. Then RL on worked sums (arXiv:2605.28184): per seed one SFT run with one head, from which
-all arms go on to a held-out accuracy of 0.9, or for 80 rollout batches at most, each of four
-updates, at a constant rate:
+with two; one seed. Then RL on worked sums (arXiv:2605.28184): per seed one SFT run with one head,
+from which all arms go on to a held-out accuracy of 0.9, or for 80 rollout batches at most, each of
+four updates, at a constant rate:
 
   detach              the head learns what is sampled, the model learns nothing from it
   ce                  the model learns from that, too, with coefficient 0.1
