@@ -6,7 +6,7 @@
         --config.rl.data.files=train.jsonl --config.rl.data.heldout_files=test.jsonl
 
 Qwen3-1.7B is the folder as published; the export is one like it. On one H200: --config.mesh.fsdp=1
---config.mesh.model=1. docs/interop.md says what a TPU chip holds, compiled ahead of time.
+--config.mesh.model=1. docs/interop.md says what a device holds, compiled ahead of time.
 """
 
 from configs.base import get_config as base

@@ -340,7 +340,8 @@ def find(path: str | Path) -> Path:
   """
   path = Path(path).absolute()
   if not path.is_dir():
-    raise ValueError(f'{path} is no folder; wanted a workdir or the folder of a checkpoint')
+    raise ValueError(f'{path} is no folder; wanted a workdir, or the folder of a checkpoint or of '
+                     'a Hugging Face model')
   if 'orbax-checkpoint-tmp' in path.name:
     raise ValueError(f'{path} was never finished; the run stopped while writing it')
   if (path / 'state').is_dir() and (path / 'meta').is_dir():

@@ -67,7 +67,7 @@ def failed(monkeypatch, capsys, tmp_path):
      "['eval/accuracy', 'eval/loss', 'eval/token_accuracy']"),
     ('rl.until=accuracy>0.9', "rl.until is 'accuracy>0.9', wanted a metric of an evaluation and a"),
     ('checkpoint.best_mode=most', "checkpoint.best_mode is 'most', wanted max or min"),
-    ('init=/no/where', '/no/where is no folder; wanted a workdir or the folder of a checkpoint'),
+    ('init=/no/where', '/no/where is no folder; wanted a workdir, or the folder'),
     ('rl.reference=/no/where', '/no/where is no folder'),
 ])
 def test_settings_that_cannot_be(refused, overrides, said):
