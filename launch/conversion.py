@@ -1,6 +1,7 @@
 """What launch/convert.py does. One process; parameters one at a time on the way out."""
 
 import dataclasses
+import fnmatch
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +30,9 @@ def to_checkpoint(
       '': they stay. The model then is no longer one of the folder's type.
   """
   with hf_files.appearing(target) as partial:
+    for pattern in drop:
+      if not fnmatch.filter(hf_files.tensors(source), pattern):
+        raise ValueError(f'--drop {pattern}: {source} has no such tensor')
     known = models.describe(source, drop)
     if known.tokenizer and (Path(source) / 'tokenizer.json').is_file():
       tokenizer_lib.load(known.tokenizer)              # a damaged one is refused here

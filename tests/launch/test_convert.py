@@ -165,6 +165,8 @@ def test_surplus_tensors_can_be_dropped(tmp_path, monkeypatch, capsys):
   rewrite(lambda a: a.update({'mtp.a': a[GATE], 'mtp.b': a[GATE]}))(tmp_path / 'public')
   convert_to = ('--from-hf', tmp_path / 'public', '--to', tmp_path / 'checkpoint')
   assert 'mtp.a has no place' in status(monkeypatch, capsys, *convert_to)[1]
+  code, error = status(monkeypatch, capsys, *convert_to, '--drop', 'mtp.*', '--drop', 'mpt.*')
+  assert code == 2 and '--drop mpt.*' in error and 'has no such tensor' in error
   assert status(monkeypatch, capsys, *convert_to, '--drop', 'mtp.*')[0] == 0
   conversion.to_public(str(tmp_path / 'checkpoint'), str(tmp_path / 'again'))
   assert bits(tmp_path / 'again') == tensors
