@@ -88,12 +88,12 @@ def main() -> None:
     rows.append((
         name, ', '.join('–' if t is None else str(t) for t in took),
         ', '.join(f'{max(series(run, "eval/accuracy")):.2f}' for run in found),
-        common.mean_and_spread([np.mean(series(run, 'reward')) for run in found]),
+        common.mean_and_spread([np.mean(series(run, 'reward')[:50]) for run in found]),
         common.mean_and_spread([np.mean(series(run, 'mtp/agrees1')[-10:]) for run in found]),
         common.mean_and_spread(active, 2) if active else ''))
   print(common.table(
-      ('regime', f'rollout batches to {AIM}, by seed', 'best accuracy', 'mean reward',
-       'draft is what the model says, last 10 batches', '|λ| > 0.01'), rows))
+      ('regime', f'rollout batches to {AIM}, by seed', 'best accuracy', 'reward, first 50',
+       'draft is what the model says, last 10', '\\|λ\\| > 0.01'), rows))
 
   def draw(panels):
     for i, (name, found) in enumerate(runs.items()):
