@@ -39,9 +39,15 @@ def forward(cfg, params, rows):
   return jax.jit(lambda p, b: engine.make_forward(cfg)(p, b, (LOGP,))[1])(params, rows)
 
 
-@pytest.mark.parametrize('microbatches', [1, 2])
-def test_drops_are_those_of_all_microbatches_layers_and_devices(microbatches):
+@pytest.mark.parametrize('microbatches, count', [(1, 96), (2, 64)])
+def test_drops_are_those_of_all_microbatches_layers_and_devices(microbatches, count):
+  """All scores are equal, so all go to the first two experts, each on a device of its own.
+
+  In both layers each gets the 48 tokens and has room for 24; of two microbatches each time 24 and
+  room for 12, rounded up to 16.
+  """
   params, rows = moe_tiny.draw(model.specs(CFG)), batch()
+  params['blocks']['0']['ffn']['router'] *= 0
   tx = optimizer.make(model.specs(CFG))
   state = step_lib.TrainState(
       jnp.int32(0), params, tx.init(param.split(params, model.specs(CFG))[0]))
@@ -49,11 +55,6 @@ def test_drops_are_those_of_all_microbatches_layers_and_devices(microbatches):
     step = jax.jit(step_lib.make_train_step(
         step_lib.make_loss(engine.make_forward(CFG), (NLL,)), tx, model.specs(CFG), microbatches))
     _, metrics = step(state, mesh_lib.put_global(rows, MESH()), 0.0)
-    parts = step_lib.split(rows, microbatches)
-    found = [forward(CFG, params, jax.tree.map(lambda x, i=i: x[i], parts)).dropped
-             for i in range(microbatches)]
-  count = sum(int(x) for one in found for x in one.values())
-  assert [one.keys() for one in found] == [{0, 1}] * microbatches and count > 4
   assert metrics['load/dropped'] == count
   np.testing.assert_allclose(metrics['load/dropped_share'], count / (2 * 2 * N * T), rtol=1e-6)
 
