@@ -2,7 +2,7 @@
 
     python experiments/mtp.py --text input.txt
 
-About an hour on 2 cores. Prints the tables of docs/results.md and draws docs/images/mtp.svg.
+About 40 minutes on 2 cores. Prints the tables of docs/results.md and draws docs/images/mtp.svg.
 
 Pretraining on Tiny Shakespeare and on demonstrations of worked sums, without heads, with one and
 with two; one seed. Then RL on worked sums (arXiv:2605.28184): per seed one SFT run with one head,

@@ -2,7 +2,7 @@
 
     python experiments/reuse.py
 
-About 30 minutes on 2 cores. Prints the tables of docs/results.md and draws docs/images/reuse.svg.
+About 45 minutes on 2 cores. Prints the tables of docs/results.md and draws docs/images/reuse.svg.
 
 The main job. Per seed one SFT run, from which all arms go on to a held-out accuracy of 0.9, or for
 150 rollout batches at most, at a constant rate:
