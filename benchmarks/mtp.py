@@ -43,6 +43,7 @@ def child(o):
     c.model.mtp.depth = depth
     c.rl.update(prompts=4, group=8, max_prompt=8, max_tokens=64, methods=methods,
                 microbatches=microbatches)
+    c.rl.grpo.beta = 0.0
     if 'mtp_occ' in methods:
       c.rl.mtp_occ.train = train
     c.rl.data.format = 'arithmetic'
