@@ -1,7 +1,7 @@
 """What multi-token prediction costs an update of RL: no head, a detached one, OCC without and with
 the detached head's own loss.
 
-    python benchmarks/mtp.py --preset s --rounds 3
+    python benchmarks/mtp.py --preset s --reps 9
 
 The updates are called in turn in one process, on the same rows (4 prompts x 8 samples x 72 tokens),
 with one microbatch and with two.
