@@ -213,16 +213,24 @@ def make_train_step(
     finite = jnp.isfinite(norm) & jnp.isfinite(metrics['loss'])
     trainable, frozen = param.split(state.params, specs)
     head = {'head_norm': metrics['grad_norm/head']} if watch else {}
-    updates, opt_state = tx.update(
-        grads, state.opt_state, trainable, learning_rate=learning_rate, use=batch.use, **head)
-    params = param.merge(optax.apply_updates(trainable, updates), frozen)
-    if load and after_update:
-      params = after_update(params, load)
-    keep = lambda when, new, old: jax.tree.map(lambda a, b: jnp.where(when, a, b), new, old)
+
+    def update(trainable, frozen, opt_state):
+      updates, new = tx.update(
+          grads, opt_state, trainable, learning_rate=learning_rate, use=batch.use, **head)
+      params = param.merge(optax.apply_updates(trainable, updates), frozen)
+      if load and after_update:
+        params = after_update(params, load)
+      if isinstance(new, gate.GateState):
+        params = jax.tree.map(lambda a, b: jnp.where(new.refused, b, a), params,
+                              param.merge(trainable, frozen))
+      return params, new
+
+    # A choice between arrays in place of this would hold the whole state twice.
+    params, opt_state = jax.lax.cond(
+        finite, update, lambda trainable, frozen, old: (param.merge(trainable, frozen), old),
+        trainable, frozen, state.opt_state)
     accepted = finite & ~gate.refused(opt_state)
-    kept = TrainState(
-        state.updates + accepted, keep(accepted, params, state.params),
-        keep(finite, opt_state, state.opt_state))
+    kept = TrainState(state.updates + accepted, params, opt_state)
     if isinstance(opt_state, gate.GateState):
       metrics |= {'gate/z': opt_state.z, 'gate/refused': opt_state.refused.astype(jnp.float32)}
     metrics |= {'grad_norm': norm, 'nonfinite': (~finite).astype(jnp.float32)}
