@@ -60,10 +60,12 @@ def gate(
     z = (increment - jnp.mean(state.increments)) / (jnp.std(state.increments) + EPS)
     z = jnp.where(known & full, z, 0.0)
     refused = ~jnp.isfinite(energy) | ((use > 0) & known & full & (z > threshold))
-    new_updates, new_inner = inner.update(updates, state.inner, params, use=use, **others)
-    keep = lambda new, old: jnp.where(refused, old, new)
-    return jax.tree.map(lambda u: keep(u, jnp.zeros_like(u)), new_updates), GateState(
-        inner=jax.tree.map(keep, new_inner, state.inner),
+    new_updates, new_inner = jax.lax.cond(
+        refused, lambda updates, old: (jax.tree.map(jnp.zeros_like, updates), old),
+        lambda updates, old: inner.update(updates, old, params, use=use, **others),
+        updates, state.inner)
+    return new_updates, GateState(
+        inner=new_inner,
         last=jnp.where(jnp.isfinite(energy), energy, state.last),
         increments=jnp.where(
             known, state.increments.at[state.count % window].set(increment), state.increments),

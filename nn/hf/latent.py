@@ -59,13 +59,7 @@ def sizes(cfg: ModelConfig) -> dict[str, int | str]:
 
 
 # What a head has beside a layer. Copies of the two tables lie beside these.
-HEAD = tuple(
-    Entry(LAYER + name, path, layout)
-    for name, path, layout in (
-        ('enorm.weight', 'embedding_norm/scale', 'embed -> embed'),
-        ('hnorm.weight', 'hidden_norm/scale', 'embed -> embed'),
-        ('eh_proj.weight', 'project', 'embed joined -> joined embed'),
-        ('shared_head.norm.weight', 'norm/scale', 'embed -> embed')))
+HEAD = llama.head('enorm', 'hnorm', 'eh_proj', 'shared_head.norm')
 COPIES = (
     Entry(LAYER + 'embed_tokens.weight', 'embed/table', 'vocab embed -> vocab embed'),
     Entry(LAYER + 'shared_head.head.weight', 'unembed/table', 'vocab embed -> vocab embed'))

@@ -88,13 +88,17 @@ FUSED = (
           'experts embed inner -> experts inner embed', of=('moe',)),
 )
 MTP = 'model.mtp_layers.'
-MIMO_HEAD = tuple(
-    Entry(LAYER + name, path, layout)
-    for name, path, layout in (
-        ('token_layernorm.weight', 'embedding_norm/scale', 'embed -> embed'),
-        ('hidden_layernorm.weight', 'hidden_norm/scale', 'embed -> embed'),
-        ('input_proj.weight', 'project', 'embed joined -> joined embed'),
-        ('final_layernorm.weight', 'norm/scale', 'embed -> embed')))
+
+
+def head(*names: str) -> tuple[Entry, ...]:
+  """What a head has beside a layer: norms of embedding and hidden state, projection, last norm."""
+  layouts = {'embedding_norm/scale': 'embed -> embed', 'hidden_norm/scale': 'embed -> embed',
+             'project': 'embed joined -> joined embed', 'norm/scale': 'embed -> embed'}
+  return tuple(Entry(f'{LAYER}{name}.weight', path, layout)
+               for name, (path, layout) in zip(names, layouts.items()))
+
+
+MIMO_HEAD = head('token_layernorm', 'hidden_layernorm', 'input_proj', 'final_layernorm')
 
 
 def of_heads(entries: tuple[Entry, ...], place: str = LAYER) -> tuple[Entry, ...]:

@@ -8,7 +8,7 @@ import numpy as np
 
 from configs import base
 from data import tokenizer as tokenizer_lib
-from launch import checkpoint, config
+from launch import checkpoint, config, hf_files
 from nn import model
 
 BYTES = tokenizer_lib.load('bytes')
@@ -58,3 +58,9 @@ def logp_by_hand(params, cfg, ids):
     logits = np.asarray(model.unembed(params, cfg, hidden)[0], np.float64)
   normaliser = np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)) + logits.max(-1)
   return logits[np.arange(len(ids) - 1), ids[1:]] - normaliser[:-1]
+
+
+def bits(folder):
+  """Every tensor of a Hugging Face folder: {name: (dtype, shape, bytes)}."""
+  return {name: (t.kind, t.shape, np.array(hf_files.mapped(t)).tobytes())
+          for name, t in hf_files.tensors(folder).items()}

@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import train_runs
+from saved_models import bits
 
 from launch import checkpoint, cli, conversion, convert, hf_files, mesh, models
 from nn import hf, model, param
@@ -37,11 +38,6 @@ def write_public(folder, kinds=None):
   hf_files.save(folder, cfg, draw, origin=origin, shard_bytes=20_000)
   (folder / 'tokenizer.json').write_text(json.dumps(WORDS))
   return bits(folder)
-
-
-def bits(folder):
-  return {name: (t.kind, t.shape, np.array(hf_files.mapped(t)).tobytes())
-          for name, t in hf_files.tensors(folder).items()}
 
 
 def status(monkeypatch, capsys, *arguments):

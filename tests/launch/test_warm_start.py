@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from saved_models import bits
 
 from configs import base
 from launch import checkpoint, cli, conversion, convert, hf_files, models, start
@@ -91,11 +92,6 @@ def glm(tmp_path):
   hf_files.save(tmp_path / 'glm', cfg, leaves.__getitem__,
                 origin=hf_files.Origin(GLM, {}, 'BF16', kinds))
   return tmp_path / 'glm'
-
-
-def bits(folder):
-  return {name: (t.kind, t.shape, np.array(hf_files.mapped(t)).tobytes())
-          for name, t in hf_files.tensors(folder).items()}
 
 
 def convert_it(monkeypatch, capsys, *arguments):
